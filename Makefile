@@ -1,0 +1,52 @@
+# Everything runs in .venv, which the first target that needs it makes.
+PYTHON ?= python3
+VENV ?= .venv
+MODEL ?= smollm2
+SPARSITY ?= 0.2
+TEXT ?=
+OUT ?= out
+
+BIN = $(VENV)/bin
+READY = $(VENV)/.ready
+# bench: the scripts read another text with TEXT=file.
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint types check install bench clean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+install: $(READY)  ## Make .venv with everything in it
+
+models/smollm2/config.json: | $(READY)
+	$(BIN)/python examples/get_smollm2.py models/smollm2
+
+demo: $(READY) models/smollm2/config.json  ## Prune SmolLM2-135M, export, quantize, let it talk, print the report (TEXT=file, SPARSITY=0.2)
+	$(BIN)/python examples/demo.py --model models/smollm2 --sparsity $(SPARSITY) $(if $(TEXT),--text $(TEXT)) $(OUT)/demo
+
+test: $(READY)  ## Run the default tests
+	$(BIN)/python -m pytest
+
+test-slow: $(READY) models/smollm2/config.json  ## Run the tests on the real model
+	COMP_TEST_MODEL=models/smollm2 $(BIN)/python -m pytest -m slow
+
+lint: $(READY)  ## Check style and format
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: $(READY)  ## Check types
+	$(BIN)/mypy
+
+check: lint types test  ## Lint, types and default tests
+
+bench: $(READY) models/smollm2/config.json  ## Cost of pruning in forward passes, and quality against other methods
+	$(BIN)/python benchmarks/cost.py --model models/smollm2
+	$(BIN)/python benchmarks/quality.py --model models/smollm2 $(if $(TEXT),--text $(TEXT))
+
+clean:  ## Remove what was made, but for .venv and models
+	rm -rf $(OUT) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

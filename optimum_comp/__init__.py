@@ -1,0 +1,29 @@
+"""Structured pruning, ONNX export and quantization of language models for CPU-only devices."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+
+__version__ = "0.1.0"
+
+__all__ = ["CompConfig", "CompPruner", "CompReport", "__version__"]
+
+if TYPE_CHECKING:
+    from optimum_comp.configuration import CompConfig
+    from optimum_comp.pruner import CompPruner
+    from optimum_comp.report.run import CompReport
+
+_HOMES = {
+    "CompConfig": "optimum_comp.configuration",
+    "CompPruner": "optimum_comp.pruner",
+    "CompReport": "optimum_comp.report.run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded when first used: the command line answers --help without torch.
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

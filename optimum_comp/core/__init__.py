@@ -1,0 +1,1 @@
+"""Pure tensor mathematics: nothing here imports transformers, optimum or ONNX Runtime."""
