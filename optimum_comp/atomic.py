@@ -1,0 +1,109 @@
+"""Folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+
+_MARKER = "config.json"
+"""A folder is replaced only if it holds this file: then it is a model, not somebody's documents."""
+
+
+def check_folder(target: str | Path, *, overwrite: bool = False, sources: Sequence[str | Path] = ()) -> Path:
+    """Say now what `atomic_folder` would refuse, for work that should fail before it starts.
+
+    Returns:
+        The target, absolute and with symbolic links followed.
+
+    Raises:
+        FileExistsError: the target is a file; or a folder with something in it and `overwrite` is off; or a folder
+            that isn't a model.
+        ValueError: the target is one of the sources, inside one, or around one.
+    """
+    shown, target = target, Path(target).resolve()
+    for source in (Path(source).resolve() for source in sources):
+        if target == source:
+            raise ValueError(f"The output folder {shown} is also the input. Choose another output folder.")
+        if target.is_relative_to(source):
+            raise ValueError(f"The output folder {shown} is inside the input {source}. Choose a folder outside it.")
+        if source.is_relative_to(target):
+            raise ValueError(f"The output folder {shown} holds the input {source}. Choose a folder outside it.")
+    if not target.exists():
+        return target
+    if not target.is_dir():
+        raise FileExistsError(f"{shown} is a file; the output has to be a folder.")
+    if _is_empty(target):
+        return target
+    if not overwrite:
+        raise FileExistsError(
+            f"{shown} exists and isn't empty. Choose another folder, or replace it with --overwrite."
+        )
+    if not (target / _MARKER).is_file():
+        raise FileExistsError(f"{shown} isn't replaced: without a {_MARKER} it doesn't look like a model folder.")
+    return target
+
+
+@contextlib.contextmanager
+def atomic_folder(
+    target: str | Path, *, overwrite: bool = False, sources: Sequence[str | Path] = ()
+) -> Iterator[Path]:
+    """Fill a folder so that it is there complete, or not there.
+
+    ```python
+    with atomic_folder(output, sources=[model_dir]) as folder:
+        model.save_pretrained(folder)
+    ```
+
+    Args:
+        target: the folder to make; its parents are made too.
+        overwrite: replace a model folder that is there. It stays untouched until the new one is complete.
+        sources: folders or files that the work reads from, which the target must neither be nor touch.
+
+    Yields:
+        A new, empty folder beside the target. It takes the target's place at the end of the block, and is removed if
+        the block raises anything, `KeyboardInterrupt` included.
+
+    Raises:
+        FileExistsError: see `check_folder`.
+        ValueError: see `check_folder`.
+    """
+    target = check_folder(target, overwrite=overwrite, sources=sources)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    token = secrets.token_hex(4)
+    # Beside the target, so that a rename is enough; made with mkdir, since mkdtemp would hide it from other users.
+    partial = target.with_name(f".{target.name}.partial-{token}")
+    partial.mkdir()
+    try:
+        yield partial
+        # Once more: hours may have passed, and somebody may have put something there.
+        check_folder(target, overwrite=overwrite, sources=sources)
+        _replace(target, partial, target.with_name(f".{target.name}.old-{token}"))
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _replace(target: Path, partial: Path, old: Path) -> None:
+    """Put `partial` where `target` is; `target` comes back if that fails."""
+    if not target.exists():
+        partial.rename(target)
+    elif _is_empty(target):
+        # Windows doesn't rename onto a folder, not even an empty one.
+        target.rmdir()
+        partial.rename(target)
+    else:
+        target.rename(old)
+        try:
+            partial.rename(target)
+        except BaseException:
+            old.rename(target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_empty(folder: Path) -> bool:
+    return next(folder.iterdir(), None) is None

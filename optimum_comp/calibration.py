@@ -1,0 +1,233 @@
+"""Text to token blocks: files, datasets, lists, or what the model itself writes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from optimum_comp.utils import get_logger, progress_disabled
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = get_logger(__name__)
+
+CalibrationSource: TypeAlias = Union[str, Path, Sequence[str], Tensor, "Dataset"]
+
+SELF = "self"
+PYDOC = "pydoc"
+"""Python's own documentation, `pydoc_data.topics`: some 460 kB of English prose that every machine has."""
+
+_BUILDERS = {".txt": "text", ".text": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+_BUILDERS[".parquet"] = "parquet"
+
+# A hub dataset is streamed only until there is this many times the text that is needed, so that a choice of blocks
+# remains without terabytes being downloaded.
+_STREAM_SURPLUS = 4
+_CHARACTERS_PER_TOKEN = 6
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Token blocks and where they are from.
+
+    Attributes:
+        tokens: `[num_samples, sequence_length]`, int64.
+        source: what the user gave, in words.
+    """
+
+    tokens: Tensor
+    source: str
+
+    def describe(self) -> dict[str, Any]:
+        """Source, size and a digest of the very tokens, for the report."""
+        data = self.tokens.to(torch.int64).contiguous().numpy().tobytes()
+        return {
+            "source": self.source,
+            "num_samples": self.tokens.shape[0],
+            "sequence_length": self.tokens.shape[1],
+            "tokens": self.tokens.numel(),
+            "sha256": hashlib.sha256(data).hexdigest(),
+        }
+
+
+def prepare_calibration(
+    source: CalibrationSource,
+    *,
+    model: nn.Module | None,
+    tokenizer: Any,
+    num_samples: int,
+    sequence_length: int,
+    seed: int = 0,
+    text_column: str | None = None,
+) -> Calibration:
+    """Make `num_samples` blocks of `sequence_length` tokens.
+
+    Args:
+        source: see `CompPruner.prune`.
+        model: needed for `"self"`, and for its vocabulary and context length.
+        tokenizer: needed for everything but `"self"` and token blocks.
+        num_samples: blocks.
+        sequence_length: tokens of a block.
+        seed: chooses which blocks of a longer text are taken.
+        text_column: the column of a dataset that holds text.
+
+    Raises:
+        ValueError: too little text, no such file, no such column, or no text in it.
+    """
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if limit is not None and sequence_length > limit:
+        raise ValueError(f"sequence_length={sequence_length} is more than the {limit} tokens that the model can read.")
+    if isinstance(source, Tensor):
+        return Calibration(_checked_blocks(source, num_samples, sequence_length), "token blocks")
+    if isinstance(source, str) and source == SELF:
+        from optimum_comp.self_calibration import write_text
+
+        if model is None:
+            raise ValueError('calibration="self" needs the model that is to write the text.')
+        return Calibration(write_text(model, tokenizer, num_samples, sequence_length, seed), SELF)
+    if tokenizer is None:
+        raise ValueError("calibration on text needs a tokenizer: give CompPruner.from_pretrained one.")
+    text, name = read_text(source, text_column, needed=num_samples * sequence_length)
+    tokens = tokenize(tokenizer, text)
+    return Calibration(choose_blocks(tokens, num_samples, sequence_length, seed, name), name)
+
+
+def read_text(source: Any, text_column: str | None = None, needed: int | None = None) -> tuple[str, str]:
+    """All text of a source as one string, and the source's name.
+
+    Args:
+        source: a file, a dataset's name, a `datasets.Dataset`, a list of texts, or `"pydoc"`.
+        text_column: the column that holds text.
+        needed: tokens that will be used; a hub dataset isn't read much beyond.
+
+    Raises:
+        ValueError: nothing there, no such column, or no text in it.
+    """
+    if isinstance(source, str) and source == PYDOC:
+        from pydoc_data.topics import topics
+
+        return _joined(list(topics.values()), PYDOC), PYDOC
+    if isinstance(source, (str, Path)):
+        path = Path(source)
+        if path.is_file():
+            return _joined(_read_file(path, text_column), str(path.name)), path.name
+        if path.is_dir() or path.suffix.lower() in _BUILDERS:
+            problem = "is a folder" if path.is_dir() else "does not exist"
+            raise ValueError(f"calibration file {str(source)!r} {problem}; give a text, JSONL, CSV or Parquet file.")
+        return _joined(_read_hub(str(source), text_column, needed), str(source)), str(source)
+    if hasattr(source, "column_names"):
+        rows = source[_text_column(source.column_names, text_column, "the dataset")]
+        return _joined(rows, "the dataset"), getattr(getattr(source, "info", None), "dataset_name", None) or "dataset"
+    if isinstance(source, Sequence) and all(isinstance(item, str) for item in source):
+        return _joined(source, "the list of texts"), "texts"
+    raise ValueError(
+        f"calibration={type(source).__name__} is not understood: give a file, a dataset's name, a datasets.Dataset, "
+        f"a list of str, token blocks, or {SELF!r}."
+    )
+
+
+def tokenize(tokenizer: Any, text: str) -> Tensor:
+    """Token ids of a text without special tokens, `[n]`."""
+    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+
+
+def choose_blocks(tokens: Tensor, num_samples: int, sequence_length: int, seed: int, name: str) -> Tensor:
+    """Cut `tokens` into blocks and take `num_samples` of them at random, in text order.
+
+    Raises:
+        ValueError: there are fewer blocks.
+    """
+    available = tokens.numel() // sequence_length
+    if available < num_samples:
+        raise ValueError(
+            f"{name} is too short for calibration: {tokens.numel():,} tokens make {available} samples of "
+            f"{sequence_length}, and num_samples={num_samples} needs {num_samples * sequence_length:,} tokens. Give "
+            "more text, or lower num_samples or sequence_length."
+        )
+    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:num_samples]
+    return tokens[: available * sequence_length].view(available, sequence_length)[order.sort().values]
+
+
+def _checked_blocks(tokens: Tensor, num_samples: int, sequence_length: int) -> Tensor:
+    if tokens.dim() != 2 or tokens.is_floating_point():
+        raise ValueError(f"token blocks must be an integer tensor [samples, length], not {tuple(tokens.shape)}.")
+    if tokens.shape[0] < num_samples or tokens.shape[1] < sequence_length:
+        raise ValueError(
+            f"token blocks {tuple(tokens.shape)} are fewer than num_samples={num_samples} of "
+            f"sequence_length={sequence_length}."
+        )
+    return tokens[:num_samples, :sequence_length].to(torch.int64)
+
+
+def _read_file(path: Path, text_column: str | None) -> Sequence[str]:
+    if path.stat().st_size == 0:
+        raise ValueError(f"calibration file {str(path)!r} is empty.")
+    builder = _BUILDERS.get(path.suffix.lower(), "text")
+    if builder == "text":
+        # Read as a whole: the line breaks are part of the text.
+        try:
+            return [path.read_text(encoding="utf-8")]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"calibration file {str(path)!r} is not UTF-8 text ({error}).") from error
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        table = load_dataset(builder, data_files=str(path), split="train", streaming=False)
+    except (DatasetGenerationError, ValueError) as error:
+        raise ValueError(f"calibration file {str(path)!r} can't be read as {builder}: {error}") from error
+    return list(table[_text_column(table.column_names, text_column, path.name)])
+
+
+def _read_hub(name: str, text_column: str | None, needed: int | None) -> list[str]:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
+    repository, config, split = [*name.split(":"), "", ""][:3]
+    try:
+        stream = load_dataset(repository, config or None, split=split or "train", streaming=True)
+    except (DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError) as error:
+        raise ValueError(
+            f"calibration={name!r} is neither a file here nor a dataset that can be loaded "
+            f"(name[:config[:split]]): {error}"
+        ) from error
+    enough = (needed or 2**24) * _CHARACTERS_PER_TOKEN * _STREAM_SURPLUS
+    rows: list[str] = []
+    column: str | None = None
+    for row in tqdm(stream, desc=f"Reading {repository}", unit="row", disable=progress_disabled()):
+        column = column or _text_column(list(row), text_column, repository)
+        rows.append(row[column])
+        enough -= len(rows[-1] or "")
+        if enough <= 0:
+            break
+    return rows
+
+
+def _text_column(columns: Sequence[str], wanted: str | None, name: str) -> str:
+    column = wanted or "text"
+    if column not in columns:
+        raise ValueError(
+            f"{name} has no column {column!r}; it has: {', '.join(columns)}. Name the one that holds text with "
+            "text_column (--text-column)."
+        )
+    return column
+
+
+def _joined(texts: Sequence[Any], name: str) -> str:
+    """Rows as one text: those that don't end their line get a blank line after them."""
+    for text in texts:
+        if text is not None and not isinstance(text, str):
+            raise ValueError(f"{name} holds {type(text).__name__} where text is wanted; name the right column.")
+    whole = "".join(text if text.endswith("\n") else f"{text}\n\n" for text in texts if text)
+    if not whole.strip():
+        raise ValueError(f"{name} holds no text.")
+    return whole

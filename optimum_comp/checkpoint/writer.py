@@ -1,0 +1,131 @@
+"""A pruned model as a folder that plain transformers reads, whichever version."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from optimum_comp.atomic import atomic_folder
+from optimum_comp.configuration import CompConfig
+from optimum_comp.report.model_card import model_card
+from optimum_comp.report.run import CompReport
+
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    model: nn.Module,
+    tokenizer: Any,
+    config: CompConfig,
+    report: CompReport,
+    source: str | None,
+    source_arguments: dict[str, Any],
+    overwrite: bool,
+    max_shard_size: int | str,
+) -> Path:
+    """Write weights, config, tokenizer, generation config, side-cars and model card, all or nothing.
+
+    Raises:
+        FileExistsError: the folder exists and isn't to be overwritten.
+    """
+    sources = [Path(source)] if source and Path(source).is_dir() else []
+    with atomic_folder(folder, overwrite=overwrite, sources=sources) as partial:
+        model.save_pretrained(partial, max_shard_size=max_shard_size)  # type: ignore[operator]
+        write_portable_config(partial / "config.json")
+        save_tokenizer(partial, tokenizer, source, source_arguments)
+        config.save_pretrained(partial)
+        report.save(partial)
+        model_card(report, config, base_model=source).save(partial / "README.md")
+    return folder
+
+
+def upload(folder: Path, repo_id: str, **kwargs: Any) -> str:
+    """Upload a saved folder to the hub and return the repository's URL.
+
+    Args:
+        folder: what `save_checkpoint` wrote.
+        repo_id: `namespace/name`, or a name in the user's namespace.
+        kwargs: `token`, `private`, `commit_message`, `revision`.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=kwargs.pop("token", None))
+    url = api.create_repo(repo_id, private=kwargs.pop("private", None), exist_ok=True)
+    message = kwargs.pop("commit_message", "Upload model pruned with optimum-comp")
+    api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message=message, **kwargs)
+    return str(url)
+
+
+def write_portable_config(path: Path) -> None:
+    """Write the rotary settings in the words of transformers 4 and of transformers 5.
+
+    Version 5 writes `rope_parameters` only; version 4 then silently takes its default `rope_theta`. Version 4 writes
+    `rope_theta` and `rope_scaling`, which version 5 still reads; `rope_parameters` is added for symmetry, so that
+    the folder is the same whoever wrote it.
+    """
+    config = json.loads(path.read_text(encoding="utf-8"))
+    parameters = config.get("rope_parameters")
+    if parameters and "rope_theta" in parameters:
+        config["rope_theta"] = parameters["rope_theta"]
+        scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
+        config["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+    elif config.get("rope_theta") is not None and parameters is None:
+        scaling = dict(config.get("rope_scaling") or {"rope_type": "default"})
+        scaling.setdefault("rope_type", scaling.pop("type", "default"))
+        config["rope_parameters"] = {"rope_theta": config["rope_theta"], **scaling}
+    else:
+        return
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def save_tokenizer(folder: Path, tokenizer: Any, source: str | None, source_arguments: dict[str, Any]) -> None:
+    """Copy the tokenizer's files as they are; write them anew only where there are none to copy.
+
+    A copy, since `save_pretrained` of transformers 5 names a tokenizer class that version 4 refuses.
+    """
+    if tokenizer is None:
+        return
+    if source is not None and "gguf_file" not in source_arguments and tokenizer.name_or_path == source:
+        origin = _source_folder(source, source_arguments)
+        found = [origin / name for name in TOKENIZER_FILES if (origin / name).is_file()]
+        # `tokenizer_config.json` alone builds no tokenizer.
+        if any(path.name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt") for path in found):
+            for path in found:
+                shutil.copyfile(path, folder / path.name)
+            return
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _source_folder(source: str, arguments: dict[str, Any]) -> Path:
+    """The local folder, or the hub's cache with the tokenizer's files in it."""
+    if Path(source).is_dir():
+        return Path(source) / arguments.get("subfolder", "")
+    from huggingface_hub import snapshot_download
+
+    known = {k: v for k, v in arguments.items() if k in ("revision", "token", "cache_dir", "local_files_only")}
+    cached = snapshot_download(source, allow_patterns=list(TOKENIZER_FILES), **known)
+    return Path(cached)

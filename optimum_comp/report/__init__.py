@@ -1,0 +1,1 @@
+"""What was done and measured: data, tables, model card."""

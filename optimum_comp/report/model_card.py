@@ -1,0 +1,85 @@
+"""The README of a pruned checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from optimum_comp.configuration import CompConfig
+from optimum_comp.report.run import CompReport
+
+
+_TEXT = """# {title}
+
+{base} made smaller with [COMP](https://arxiv.org/abs/2501.15255) structured pruning by
+[optimum-comp](https://pypi.org/project/optimum-comp/). It is a plain `transformers` checkpoint:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+
+| | before | after |
+| --- | --- | --- |
+| parameters | {parameters_before:,} | {parameters_after:,} |
+| decoder layers | {layers_before} | {layers_after} |
+| feed-forward width | {width_before} | {width_after} |
+
+| | |
+| --- | --- |
+| sparsity of the decoder layers, asked | {requested:.4f} |
+| sparsity of the decoder layers, achieved | {achieved:.4f} |
+| neuron metric | {metric} |
+| recovery | {recovery} |
+| layers removed | {removed} |
+| calibration | {calibration} |
+| largest relative output error of a layer | {worst:.2%} |
+| wall time | {seconds:.0f} s |
+
+`comp_config.json` holds all settings, `comp_report.json` the kept neurons, scores and versions. Nothing was trained;
+measure the result on your own text with `optimum-cli comp eval` before you rely on it.
+"""
+
+
+def model_card(report: CompReport, config: CompConfig, base_model: str | None) -> ModelCard:
+    """A model card with the run's numbers.
+
+    Args:
+        report: what was done.
+        config: what was asked.
+        base_model: hub id or folder of the dense model; only a hub id goes into the card's metadata.
+    """
+    is_local = base_model is None or Path(base_model).exists()
+    title = f"{Path(base_model).name if base_model else report.model_type}, {report.achieved_sparsity:.0%} pruned"
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["comp", "structured-pruning", "optimum-comp"],
+        base_model=None if is_local else base_model,
+    )
+    source = report.calibration
+    text = _TEXT.format(
+        title=title,
+        name="this-folder",
+        base=f"`{Path(base_model).name if is_local else base_model}`"
+        if base_model
+        else f"A {report.model_type} model",
+        parameters_before=report.parameters_before,
+        parameters_after=report.parameters_after,
+        layers_before=len(report.layers) + len(report.removed_layers),
+        layers_after=len(report.layers),
+        width_before=len(report.layers[0].scores),
+        width_after=report.width,
+        requested=report.requested_sparsity,
+        achieved=report.achieved_sparsity,
+        metric=config.resolved_neuron_metric,
+        recovery=config.recovery,
+        removed=", ".join(map(str, report.removed_layers)) or "none",
+        calibration=f"{source['source']}: {source['num_samples']} × {source['sequence_length']} tokens",
+        worst=max(layer.relative_error for layer in report.layers),
+        seconds=report.seconds,
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")

@@ -1,0 +1,86 @@
+"""The record of one pruning run, written as `comp_report.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from optimum_comp.utils import format_bytes
+
+
+REPORT_NAME = "comp_report.json"
+_LIBRARIES = ("optimum-comp", "optimum", "transformers", "torch")
+
+
+@dataclass
+class LayerReport:
+    """One decoder layer that stayed.
+
+    Attributes:
+        index: its place in the dense model.
+        kept: neurons that stay, ascending.
+        scores: every neuron's importance before anything was removed.
+        relative_error: squared error that the removal leaves in the dense layer's output over the squared output,
+            on the calibration samples, were the layer repaired for itself alone.
+        bridged: whether it stands in for removed layers behind it.
+    """
+
+    index: int
+    kept: list[int]
+    scores: list[float]
+    relative_error: float
+    bridged: bool
+
+
+@dataclass
+class CompReport:
+    """A pruning run: what was asked, what was done, on which text, with which versions."""
+
+    source: str | None
+    model_type: str
+    requested_sparsity: float
+    achieved_sparsity: float
+    parameters_before: int
+    parameters_after: int
+    removed_layers: list[int]
+    layer_scores: list[float]
+    width: int
+    layers: list[LayerReport]
+    calibration: dict[str, Any]
+    seconds: float
+    peak_memory_bytes: int
+    versions: dict[str, str]
+
+    def summary(self) -> dict[str, Any]:
+        """Everything but the per-layer lists."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if key != "layers"}
+
+    def headline(self, output: Path | str) -> str:
+        """What was achieved, in one line."""
+        removed = f" and layers {', '.join(map(str, self.removed_layers))}" if self.removed_layers else ""
+        return (
+            f"{output}: {self.achieved_sparsity:.2%} of the decoder layers removed ({self.requested_sparsity:.2%} "
+            f"asked: feed-forward width {len(self.layers[0].scores)} -> {self.width}{removed}), "
+            f"{self.parameters_before:,} -> {self.parameters_after:,} parameters, {self.seconds:.0f} s, peak memory "
+            f"{format_bytes(self.peak_memory_bytes)}"
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write `comp_report.json` into a folder."""
+        (folder / REPORT_NAME).write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what took part."""
+    found = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found

@@ -1,0 +1,50 @@
+"""Small things that several modules need."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any
+
+from transformers.utils import logging as transformers_logging
+
+
+ROOT_LOGGER = "transformers.optimum_comp"
+"""A child of transformers' logger: its level, its handler and `TRANSFORMERS_VERBOSITY` hold here too."""
+
+
+def get_logger(name: str) -> logging.Logger:
+    """The logger of a module, `name` being its `__name__`."""
+    return transformers_logging.get_logger(f"{ROOT_LOGGER}.{name.rpartition('.')[2]}")
+
+
+def progress_disabled() -> bool:
+    """Whether the user has switched progress bars off in transformers."""
+    return not transformers_logging.is_progress_bar_enabled()
+
+
+def lookup_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Of the arguments of a model's `from_pretrained`, those that say where it is: config and tokenizer share them."""
+    shared = ("gguf_file", "revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code")
+    return {key: value for key, value in kwargs.items() if key in shared}
+
+
+def format_bytes(size: float) -> str:
+    """`1234567` -> `1.2 MB` (decimal units, as file managers and disk makers count)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident set of this process so far, in bytes."""
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

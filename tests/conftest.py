@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+SIZES = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+GQA = {"intermediate_size": 96, "num_key_value_heads": 2}
+IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+TINY_CONFIGS = {
+    "llama": lambda: LlamaConfig(**SIZES, **GQA, **IDS, tie_word_embeddings=True, rope_theta=50_000.0),
+    "llama-untied": lambda: LlamaConfig(**SIZES, **GQA, **IDS, mlp_bias=True),
+    "mistral": lambda: MistralConfig(**SIZES, **GQA, **IDS, sliding_window=8),
+    "qwen2": lambda: Qwen2Config(
+        **SIZES, **GQA, **IDS, use_sliding_window=True, max_window_layers=2, sliding_window=8, rope_theta=1e6
+    ),
+    "opt": lambda: OPTConfig(**SIZES, **IDS, ffn_dim=96, word_embed_proj_dim=64),
+    "opt-post-norm": lambda: OPTConfig(**SIZES, **IDS, ffn_dim=96, word_embed_proj_dim=32, do_layer_norm_before=False),
+}
+
+
+def tiny_model(name: str, seed: int = 0):
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(TINY_CONFIGS[name]())
+    # Random biases too: freshly made ones are zero, and a slice of the wrong rows wouldn't show.
+    for key, parameter in model.named_parameters():
+        if key.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+def tiny_blocks(samples: int = 16, length: int = 32, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 128, (samples, length), generator=torch.Generator().manual_seed(seed))
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}
+    for code in range(32, 127):
+        vocabulary[chr(code)] = len(vocabulary)
+    vocabulary["\n"] = len(vocabulary)
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        chat_template="{% for m in messages %}{{ m['content'] }}\n{% endfor %}",
+    )
+
+
+@pytest.fixture
+def tiny_folder(tmp_path: Path) -> Path:
+    """A tiny Llama checkpoint with tokenizer and generation config."""
+    folder = tmp_path / "tiny-llama"
+    model = tiny_model("llama")
+    model.generation_config.max_new_tokens = 7
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    """The folder that `make test-slow` downloads the real model to."""
+    folder = os.environ.get("COMP_TEST_MODEL")
+    if not folder:
+        pytest.skip("COMP_TEST_MODEL is not set: run `make test-slow`")
+    return Path(folder)
