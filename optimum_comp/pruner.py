@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from optimum_comp.activations import LayerRunner, Tap, replaced
 from optimum_comp.calibration import Calibration, CalibrationSource, prepare_calibration
+from optimum_comp.checkpoint.tokenizer import has_tokenizer
 from optimum_comp.configuration import FIELDS, CompConfig
 from optimum_comp.core.allocation import Allocation, Shape, allocate
 from optimum_comp.core.gram import GramAccumulator
@@ -98,11 +99,10 @@ class CompPruner:
         loaded = AutoModelForCausalLM.from_pretrained(source, **kwargs)
         if isinstance(tokenizer, (str, Path)):
             tokenizer = AutoTokenizer.from_pretrained(str(tokenizer))
+        elif tokenizer is None and has_tokenizer(source, lookup):
+            tokenizer = AutoTokenizer.from_pretrained(source, **lookup)
         elif tokenizer is None:
-            try:
-                tokenizer = AutoTokenizer.from_pretrained(source, **lookup)
-            except (OSError, ValueError) as error:
-                logger.warning("No tokenizer beside the model, so only token blocks or self-calibration: %s", error)
+            logger.warning("%s has no tokenizer: only token blocks or self-calibration can be used.", source)
         return cls(loaded, tokenizer, source, **lookup)
 
     @property

@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from optimum_comp.atomic import atomic_folder
+from optimum_comp.checkpoint.tokenizer import save_tokenizer
 from optimum_comp.configuration import CompConfig
 from optimum_comp.report.model_card import model_card
 from optimum_comp.report.run import CompReport
-
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "chat_template.json",
-    "chat_template.jinja",
-)
 
 
 def save_checkpoint(
@@ -95,37 +80,3 @@ def write_portable_config(path: Path) -> None:
     else:
         return
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def save_tokenizer(folder: Path, tokenizer: Any, source: str | None, source_arguments: dict[str, Any]) -> None:
-    """Copy the tokenizer's files as they are; write them anew only where there are none to copy.
-
-    A copy, since `save_pretrained` of transformers 5 names a tokenizer class that version 4 refuses.
-    """
-    if tokenizer is None:
-        return
-    if source is not None and "gguf_file" not in source_arguments and tokenizer.name_or_path == source:
-        origin = _source_folder(source, source_arguments)
-        found = [origin / name for name in TOKENIZER_FILES if (origin / name).is_file()]
-        # `tokenizer_config.json` alone builds no tokenizer.
-        if any(path.name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt") for path in found):
-            for path in found:
-                shutil.copyfile(path, folder / path.name)
-            return
-    tokenizer.save_pretrained(folder)
-    path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    if settings.get("tokenizer_class") == "TokenizersBackend":
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _source_folder(source: str, arguments: dict[str, Any]) -> Path:
-    """The local folder, or the hub's cache with the tokenizer's files in it."""
-    if Path(source).is_dir():
-        return Path(source) / arguments.get("subfolder", "")
-    from huggingface_hub import snapshot_download
-
-    known = {k: v for k, v in arguments.items() if k in ("revision", "token", "cache_dir", "local_files_only")}
-    cached = snapshot_download(source, allow_patterns=list(TOKENIZER_FILES), **known)
-    return Path(cached)

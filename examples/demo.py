@@ -1,0 +1,59 @@
+"""The whole chain on a real model: prune, export, quantize, let it talk, print one table.
+
+    python examples/demo.py --model models/smollm2 out/demo
+
+Needs no text from outside: Python's own documentation is split in two, one part calibrates, the other measures
+perplexity. `--text FILE` does the same with a text of yours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from optimum_comp import CompConfig
+from optimum_comp.calibration import PYDOC, read_text, tokenize
+from optimum_comp.compress import compress
+from optimum_comp.evaluation import Settings
+
+
+CALIBRATION_SHARE = 0.6
+
+
+def main() -> None:
+    """Split the text, run the chain, print its report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="local folder or hub id")
+    parser.add_argument("--sparsity", type=float, default=0.2)
+    parser.add_argument("--text", default=PYDOC, help="a text file; Python's documentation by default")
+    parser.add_argument("--prompt", default="What is the capital of France? Answer in one sentence.")
+    parser.add_argument("output", type=Path)
+    args = parser.parse_args()
+
+    config = CompConfig(sparsity=args.sparsity)
+    text, _ = read_text(args.text)
+    cut = text.rfind("\n", 0, int(len(text) * CALIBRATION_SHARE)) + 1
+    tokens = tokenize(AutoTokenizer.from_pretrained(args.model), text[:cut]).numel()
+    samples = min(config.num_samples, tokens // config.sequence_length)
+    if samples == 0:
+        sys.exit(
+            f"{args.text} is too short: its first part has {tokens} tokens, a sample takes {config.sequence_length}."
+        )
+    config.num_samples = samples
+    with tempfile.TemporaryDirectory() as scratch:
+        calibration, held_out = Path(scratch) / "calibration.txt", Path(scratch) / "held-out.txt"
+        calibration.write_text(text[:cut], encoding="utf-8")
+        held_out.write_text(text[cut:], encoding="utf-8")
+        settings = Settings(text=str(held_out), max_tokens=10240, prompt=args.prompt, new_tokens=32)
+        result = compress(
+            args.model, args.output, config=config, calibration=calibration, settings=settings, overwrite=True
+        )
+    print(result.text())
+
+
+if __name__ == "__main__":
+    main()

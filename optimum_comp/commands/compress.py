@@ -1,0 +1,57 @@
+"""`optimum-cli comp compress`."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from pathlib import Path
+
+from optimum.commands.base import CommandInfo
+
+from optimum_comp.commands.base import (
+    CompSubcommand,
+    add_common_arguments,
+    add_config_arguments,
+    add_loading_arguments,
+    config_from,
+    loading_arguments,
+    write_json,
+)
+from optimum_comp.commands.evaluate import add_measuring_arguments, settings_from
+
+
+class CompressCommand(CompSubcommand):
+    """Prune, export, quantize, measure, report."""
+
+    COMMAND = CommandInfo(name="compress", help="The whole chain: prune, export, quantize, measure, report.")
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        """Declare the options."""
+        parser.add_argument("-m", "--model", required=True, help="Local folder or hub id.")
+        add_config_arguments(parser)
+        parser.add_argument("--recipe", default="int8", help="int8 (near-lossless) or int8-dynamic [int8].")
+        add_measuring_arguments(parser)
+        add_loading_arguments(parser)
+        parser.add_argument("--overwrite", action="store_true", help="Replace an earlier result in OUTPUT.")
+        add_common_arguments(parser)
+        parser.add_argument("output", type=Path, metavar="OUTPUT", help="Output folder.")
+
+    def execute(self) -> None:
+        """Run the chain and print its table."""
+        from optimum_comp.compress import compress
+
+        args = self.args
+        result = compress(
+            args.model,
+            args.output,
+            config=config_from(args),
+            calibration=args.calibration,
+            text_column=args.text_column,
+            batch_size=args.batch_size,
+            recipe=args.recipe,
+            settings=settings_from(args, args.text),
+            overwrite=args.overwrite,
+            **loading_arguments(args),
+        )
+        write_json(args.json, result.to_dict())
+        print(result.text())

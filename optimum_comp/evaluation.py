@@ -1,0 +1,325 @@
+"""Perplexity, throughput and memory of a PyTorch or an ONNX folder: the same code on the same tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from optimum_comp.calibration import PYDOC, read_text, tokenize
+from optimum_comp.core.layer_scores import next_token_loss
+from optimum_comp.utils import lookup_arguments, peak_memory_bytes, progress_disabled
+
+
+_WEIGHT_FILES = ("*.safetensors", "*.bin", "*.onnx", "*.onnx_data", "*.onnx.data", "*.gguf")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure.
+
+    Attributes:
+        text: file, dataset or `"pydoc"`; `None` leaves perplexity out.
+        text_column: column of a dataset that holds text.
+        window: tokens of a window; windows don't overlap, and a window's first token isn't predicted.
+        max_tokens: how many tokens of the text are read at most; `None` reads all.
+        prompt: what the model is asked; `None` asks nothing.
+        new_tokens: tokens of the answer, and of a decode measurement.
+        prompt_tokens: length of the prompt of which prefill is measured; 0 leaves throughput out.
+        repeats: throughput is the median of this many runs.
+        threads: processor threads; `None` leaves the runtime's default.
+    """
+
+    text: str | None = PYDOC
+    text_column: str | None = None
+    window: int = 512
+    max_tokens: int | None = 20480
+    prompt: str | None = None
+    new_tokens: int = 32
+    prompt_tokens: int = 128
+    repeats: int = 3
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what can't be measured."""
+        for name, low in (("window", 2), ("new_tokens", 2), ("prompt_tokens", 0), ("repeats", 1)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not valid: {name} must be an integer >= {low}.")
+        if self.max_tokens is not None and self.max_tokens < self.window:
+            raise ValueError(f"max_tokens={self.max_tokens} is not valid: one window takes {self.window} tokens.")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads={self.threads} is not valid: threads must be an integer >= 1.")
+
+
+@dataclass
+class Evaluation:
+    """What was measured; `None` where it was left out.
+
+    Attributes:
+        model: the folder or hub id.
+        runtime: `pytorch` or `onnxruntime`.
+        parameters: of the architecture that `config.json` describes, tied weights once.
+        size_bytes: of the weight files.
+        perplexity: exp of the mean next-token loss.
+        predictions: tokens that were predicted for it.
+        window: tokens of a window.
+        text: where the text is from.
+        text_sha256: of the very tokens.
+        prefill_tokens_per_second: of a prompt of `prompt_tokens` tokens, batch 1.
+        decode_tokens_per_second: of greedy generation after it, batch 1.
+        prompt_tokens: length of the prompt of the throughput.
+        load_seconds: from the folder to a model that answers.
+        peak_memory_bytes: largest resident set of the process after loading, prefill and decoding.
+        threads: processor threads.
+        prompt: what the model was asked.
+        answer: its greedy answer.
+    """
+
+    model: str
+    runtime: str
+    parameters: int
+    size_bytes: int
+    perplexity: float | None = None
+    predictions: int | None = None
+    window: int | None = None
+    text: str | None = None
+    text_sha256: str | None = None
+    prefill_tokens_per_second: float | None = None
+    decode_tokens_per_second: float | None = None
+    prompt_tokens: int | None = None
+    load_seconds: float | None = None
+    peak_memory_bytes: int | None = None
+    threads: int | None = None
+    prompt: str | None = None
+    answer: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return dataclasses.asdict(self)
+
+
+def is_onnx_folder(path: str | Path) -> bool:
+    """Whether a folder holds an ONNX model."""
+    return Path(path).is_dir() and any(Path(path).glob("*.onnx"))
+
+
+def load_model(path: str | Path, threads: int | None = None, **kwargs: Any) -> tuple[Any, str]:
+    """Load a folder or hub id with the runtime that it is for.
+
+    Args:
+        path: a PyTorch or an ONNX folder, or a hub id.
+        threads: processor threads.
+        kwargs: passed on to `from_pretrained`.
+
+    Returns:
+        The model, and `pytorch` or `onnxruntime`.
+
+    Raises:
+        OSError: there is no such model.
+        ImportError: it is an ONNX folder and ONNX Runtime isn't installed.
+    """
+    if is_onnx_folder(path):
+        from optimum_comp.onnx.runtime import load_onnx
+
+        return load_onnx(path, threads=threads, **kwargs), "onnxruntime"
+    from transformers import AutoModelForCausalLM
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return AutoModelForCausalLM.from_pretrained(path, **kwargs).eval(), "pytorch"
+
+
+def evaluate(path: str | Path, settings: Settings, **kwargs: Any) -> Evaluation:
+    """Measure one model in this process.
+
+    `peak_memory_bytes` is the whole process's; `evaluate_apart` gives each model a process of its own.
+
+    Args:
+        path: a PyTorch or an ONNX folder, or a hub id.
+        settings: what to measure.
+        kwargs: passed on to `from_pretrained`.
+
+    Raises:
+        ValueError: the text is shorter than one window.
+    """
+    from transformers import AutoTokenizer
+
+    tokens, name = None, None
+    if settings.text is not None or settings.prompt is not None:
+        tokenizer = AutoTokenizer.from_pretrained(path, **lookup_arguments(kwargs))
+    if settings.text is not None:
+        text, name = read_text(settings.text, settings.text_column, settings.max_tokens)
+        tokens = tokenize(tokenizer, text)[: settings.max_tokens]
+        if tokens.numel() < settings.window:
+            raise ValueError(
+                f"{name} is too short: {tokens.numel()} tokens don't fill one window of {settings.window}; give more "
+                "text or a smaller window."
+            )
+    started = time.perf_counter()
+    model, runtime = load_model(path, settings.threads, **kwargs)
+    result = Evaluation(str(path), runtime, count_parameters(model.config), weight_bytes(path))
+    result.load_seconds = time.perf_counter() - started
+    result.threads = settings.threads or torch.get_num_threads()
+    if settings.prompt is not None:
+        result.prompt = settings.prompt
+        result.answer = answer(model, tokenizer, settings.prompt, settings.new_tokens)
+    if settings.prompt_tokens:
+        prefill, decode = throughput(model, settings.prompt_tokens, settings.new_tokens, settings.repeats)
+        result.prefill_tokens_per_second, result.decode_tokens_per_second = prefill, decode
+        result.prompt_tokens = settings.prompt_tokens
+    # Before perplexity: its logits of whole windows are no part of what a user of the model needs.
+    result.peak_memory_bytes = peak_memory_bytes()
+    if tokens is not None:
+        result.perplexity, result.predictions = perplexity(model, tokens, settings.window)
+        result.window, result.text = settings.window, name
+        used = tokens[: tokens.numel() // settings.window * settings.window]
+        result.text_sha256 = hashlib.sha256(used.numpy().tobytes()).hexdigest()
+    return result
+
+
+@torch.no_grad()
+def perplexity(model: Any, tokens: Tensor, window: int = 512) -> tuple[float, int]:
+    """Perplexity over windows that don't overlap.
+
+    Args:
+        model: a causal language model of transformers or `ORTModelForCausalLM`.
+        tokens: `[n]`, at least one window.
+        window: tokens of a window; all but its first are predicted.
+
+    Returns:
+        Perplexity and the number of predictions.
+    """
+    total, count = 0.0, 0
+    windows = tokens[: tokens.numel() // window * window].view(-1, 1, window)
+    for batch in tqdm(windows, desc="Perplexity", unit="window", disable=progress_disabled()):
+        batch = batch.to(model.device)
+        logits = model(input_ids=batch, attention_mask=torch.ones_like(batch)).logits
+        loss, predictions = next_token_loss(logits, batch)
+        total, count = total + loss, count + predictions
+    return math.exp(total / count), count
+
+
+@torch.no_grad()
+def throughput(model: Any, prompt_tokens: int, new_tokens: int, repeats: int) -> tuple[float, float]:
+    """Prefill and decode tokens per second at batch 1, medians over `repeats` after one warm-up.
+
+    Prefill is the time to the first token of a prompt of `prompt_tokens` random tokens; decoding is the time of the
+    tokens after it, through `generate`, greedy, with the cache.
+    """
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(0, model.config.vocab_size, (1, prompt_tokens), generator=generator).to(model.device)
+
+    def seconds(count: int) -> float:
+        started = time.perf_counter()
+        model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            min_new_tokens=count,
+            max_new_tokens=count,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=0,
+        )
+        return time.perf_counter() - started
+
+    seconds(2)
+    first = statistics.median(seconds(1) for _ in range(repeats))
+    whole = statistics.median(seconds(new_tokens) for _ in range(repeats))
+    return prompt_tokens / first, (new_tokens - 1) / max(whole - first, 1e-9)
+
+
+@torch.no_grad()
+def answer(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> str:
+    """The model's greedy answer, through its chat template if it has one."""
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    length = inputs["input_ids"].shape[1]
+    output = model.generate(
+        input_ids=inputs["input_ids"].to(model.device),
+        attention_mask=inputs["attention_mask"].to(model.device),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        pad_token_id=0,
+    )
+    return str(tokenizer.decode(output[0, length:], skip_special_tokens=True)).strip()
+
+
+def count_parameters(config: Any) -> int:
+    """Parameters of the model that a config describes, tied weights once; nothing is allocated."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def weight_bytes(path: str | Path) -> int:
+    """Size of a folder's weight files; of a hub id, what its cached snapshot holds."""
+    folder = Path(path)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            folder = Path(snapshot_download(str(path), local_files_only=True))
+        except LocalEntryNotFoundError:
+            return 0
+    return sum(file.stat().st_size for pattern in _WEIGHT_FILES for file in folder.glob(pattern))
+
+
+def evaluate_apart(path: str | Path, settings: Settings, **kwargs: Any) -> Evaluation:
+    """`evaluate` in a process of its own, so that peak memory is this model's alone.
+
+    Args:
+        path: as for `evaluate`.
+        settings: as for `evaluate`.
+        kwargs: arguments of `from_pretrained` that JSON can hold.
+
+    Raises:
+        RuntimeError: the process failed; with the last lines that it wrote.
+    """
+    job = {"path": str(path), "settings": dataclasses.asdict(settings), "kwargs": kwargs}
+    environment = {**os.environ, "TQDM_DISABLE": "1"} if progress_disabled() else dict(os.environ)
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        command = [sys.executable, "-m", "optimum_comp.evaluation", json.dumps(job), str(result)]
+        done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, check=False)
+        if done.returncode != 0:
+            raise RuntimeError(f"evaluation of {path} failed:\n" + "\n".join(done.stderr.splitlines()[-5:]))
+        return Evaluation(**json.loads(result.read_text(encoding="utf-8")))
+
+
+def _main(arguments: Sequence[str]) -> None:
+    job = json.loads(arguments[0])
+    result = evaluate(job["path"], Settings(**job["settings"]), **job["kwargs"])
+    Path(arguments[1]).write_text(json.dumps(result.to_dict()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1:])

@@ -1,0 +1,80 @@
+"""Evaluations side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from optimum_comp.evaluation import Evaluation
+from optimum_comp.utils import format_bytes
+
+
+_HEADER = ("", "parameters", "file size", "perplexity", "prefill tok/s", "decode tok/s", "peak memory")
+
+
+def evaluation_table(results: Mapping[str, Evaluation]) -> str:
+    """A Markdown table with a row a model, what the numbers mean below it, and the models' answers.
+
+    Where there are several perplexities, each has its ratio to the first row's.
+    """
+    base = next(iter(results.values())).perplexity
+    rows = [_HEADER, *(_row(name, result, base, len(results) > 1) for name, result in results.items())]
+    return "\n\n".join(part for part in (_markdown(rows), _legend(results), _answers(results)) if part)
+
+
+def _row(name: str, result: Evaluation, base: float | None, compare: bool) -> tuple[str, ...]:
+    perplexity = "-"
+    if result.perplexity is not None:
+        perplexity = f"{result.perplexity:.2f}"
+        if compare and base:
+            perplexity += f" ({result.perplexity / base:.3f}x)"
+    return (
+        name,
+        f"{result.parameters / 1e6:.1f} M",
+        format_bytes(result.size_bytes),
+        perplexity,
+        _number(result.prefill_tokens_per_second),
+        _number(result.decode_tokens_per_second),
+        format_bytes(result.peak_memory_bytes) if result.peak_memory_bytes else "-",
+    )
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [
+            row[0].ljust(widths[0]),
+            *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
+        ]
+        return f"| {' | '.join(cells)} |"
+
+    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|"
+    return "\n".join([line(rows[0]), rule, *(line(row) for row in rows[1:])])
+
+
+def _legend(results: Mapping[str, Evaluation]) -> str:
+    result = next(iter(results.values()))
+    notes = []
+    if result.perplexity is not None:
+        notes.append(
+            f"Perplexity on {result.text}: {result.predictions:,} predicted tokens in windows of {result.window} that "
+            "don't overlap."
+        )
+    if result.prompt_tokens:
+        notes.append(
+            f"Throughput at batch 1 after a prompt of {result.prompt_tokens} tokens, {result.threads} threads; peak "
+            "memory of loading, prefill and decoding."
+        )
+    return " ".join(notes)
+
+
+def _answers(results: Mapping[str, Evaluation]) -> str:
+    told = {name: result for name, result in results.items() if result.answer is not None}
+    if not told:
+        return ""
+    lines = [f"{name}: {result.answer}" for name, result in told.items()]
+    return "\n".join([f"Asked: {next(iter(told.values())).prompt}", *lines])

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import json
+
+import datasets
+import pytest
+import torch
+from conftest import tiny_blocks, tiny_model, tiny_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from optimum_comp.calibration import choose_blocks, prepare_calibration, read_text, tokenize
+
+
+TEXT = "The cat sat on the mat and looked at the moon.\n" * 40
+
+
+def prepare(source, **overrides):
+    arguments = {"model": None, "tokenizer": tiny_tokenizer(), "num_samples": 4, "sequence_length": 32}
+    return prepare_calibration(source, **{**arguments, **overrides})
+
+
+def write(path, kind: str, column: str = "text"):
+    rows = [{column: line, "id": number} for number, line in enumerate(TEXT.splitlines())]
+    table = datasets.Dataset.from_list(rows)
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif kind == "parquet":
+        table.to_parquet(path)
+    elif kind == "csv":
+        table.to_csv(path, index=False)
+    else:
+        path.write_text(TEXT)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet", "csv"])
+def test_files_of_every_kind(kind, tmp_path):
+    got = prepare(write(tmp_path / f"text.{kind}", kind))
+    assert got.tokens.shape == (4, 32)
+    assert got.source == f"text.{kind}"
+    assert "cat sat" in tiny_tokenizer().decode(got.tokens.flatten())
+
+
+def test_a_text_file_is_read_with_its_line_breaks(tmp_path):
+    text, _ = read_text(write(tmp_path / "text.txt", "txt"))
+    assert text == TEXT
+
+
+def test_lists_datasets_and_blocks():
+    rows = datasets.Dataset.from_dict({"text": TEXT.splitlines(), "other": [0] * 40})
+    assert torch.equal(prepare(TEXT.splitlines()).tokens, prepare(rows).tokens)
+    blocks = tiny_blocks(6, 40)
+    assert torch.equal(prepare(blocks).tokens, blocks[:4, :32])
+
+
+def test_pydoc_is_on_every_machine():
+    text, name = read_text("pydoc")
+    assert name == "pydoc" and len(text) > 200_000
+
+
+def test_one_long_line_is_text_like_any_other(tmp_path):
+    path = tmp_path / "line.txt"
+    path.write_text("word " * 400)
+    assert prepare(path).tokens.shape == (4, 32)
+
+
+def test_the_digest_is_of_the_tokens():
+    first, again, other = prepare(TEXT.splitlines()), prepare([TEXT.rstrip("\n")]), prepare(TEXT.splitlines(), seed=1)
+    assert first.describe()["sha256"] == prepare(TEXT.splitlines()).describe()["sha256"]
+    assert first.describe()["sha256"] != other.describe()["sha256"]
+    assert again.describe()["tokens"] == 128
+
+
+@given(total=st.integers(0, 400), samples=st.integers(1, 8), length=st.integers(2, 40), seed=st.integers(0, 5))
+@settings(max_examples=80, deadline=None)
+def test_blocks_are_distinct_pieces_of_the_text(total, samples, length, seed):
+    tokens = torch.arange(total)
+    if total // length < samples:
+        with pytest.raises(ValueError, match="too short"):
+            choose_blocks(tokens, samples, length, seed, "text")
+        return
+    blocks = choose_blocks(tokens, samples, length, seed, "text")
+    assert blocks.shape == (samples, length)
+    assert all(torch.equal(block, torch.arange(int(block[0]), int(block[0]) + length)) for block in blocks)
+    starts = blocks[:, 0].tolist()
+    assert starts == sorted(set(starts))
+
+
+BAD = {
+    "empty.txt": ("", "is empty"),
+    "blank.txt": ("  \n \n", "no text"),
+    "short.txt": ("Too short.", "is too short for calibration"),
+    "broken.jsonl": ('{"text": "a"}\n{"text": ', "can't be read as json"),
+    "column.jsonl": ('{"body": "a"}\n', "has no column 'text'; it has: body"),
+    "number.jsonl": ('{"text": 3}\n', "holds int where text is wanted"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files_are_refused(name, tmp_path):
+    content, message = BAD[name]
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        prepare(path)
+
+
+def test_binary_missing_and_folders_are_refused(tmp_path):
+    path = tmp_path / "model.txt"
+    path.write_bytes(bytes(range(256)))
+    with pytest.raises(ValueError, match="not UTF-8"):
+        prepare(path)
+    with pytest.raises(ValueError, match="does not exist"):
+        prepare(tmp_path / "nothing.txt")
+    with pytest.raises(ValueError, match="is a folder"):
+        prepare(tmp_path)
+
+
+def test_another_column_can_be_named(tmp_path):
+    assert prepare(write(tmp_path / "t.parquet", "parquet", "body"), text_column="body").tokens.shape == (4, 32)
+
+
+@pytest.mark.parametrize("source", [3, [1, 2], {"a": 1}, None])
+def test_what_is_no_text_is_refused(source):
+    with pytest.raises(ValueError, match=r"is not understood|no column"):
+        prepare(source)
+
+
+def test_blocks_must_be_tokens():
+    with pytest.raises(ValueError, match="integer tensor"):
+        prepare(torch.rand(4, 32))
+    with pytest.raises(ValueError, match="fewer than num_samples=4"):
+        prepare(tiny_blocks(2, 32))
+
+
+def test_more_than_the_context_is_refused():
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match="more than the 2048 tokens"):
+        prepare(TEXT.splitlines(), model=model, sequence_length=4096)
+
+
+def test_text_needs_a_tokenizer():
+    with pytest.raises(ValueError, match="needs a tokenizer"):
+        prepare(TEXT.splitlines(), tokenizer=None)
+
+
+def test_self_calibration_is_repeatable_and_leaves_the_global_seed_alone():
+    model = tiny_model("llama")
+    torch.manual_seed(7)
+    want = torch.rand(3)
+    torch.manual_seed(7)
+    first = prepare("self", model=model, seed=1)
+    assert torch.equal(torch.rand(3), want)
+    assert first.tokens.shape == (4, 32) and first.source == "self"
+    assert torch.equal(first.tokens, prepare("self", model=model, seed=1).tokens)
+    assert not torch.equal(first.tokens, prepare("self", model=model, seed=2).tokens)
+    end = model.generation_config.eos_token_id
+    assert not bool((first.tokens == end).any())
+
+
+def test_self_calibration_needs_a_start_token():
+    model = tiny_model("llama")
+    for holder in (model.config, model.generation_config):
+        holder.bos_token_id = holder.eos_token_id = holder.pad_token_id = None
+    with pytest.raises(ValueError, match="begin- or end-of-text token"):
+        prepare("self", model=model, tokenizer=None)
+
+
+def test_tokenize_adds_nothing():
+    assert tokenize(tiny_tokenizer(), "abc").numel() == 3

@@ -1,0 +1,190 @@
+"""The command line as a user meets it: in processes of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import tiny_model
+from transformers import AutoModelForCausalLM, BertConfig
+
+
+CLI = Path(sys.executable).parent / "optimum-cli"
+SMALL = ("--num-samples", "8", "--sequence-length", "32", "--round-to", "8")
+
+
+def run(*arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+    command = [str(CLI), "comp", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("The cat sat on the mat and looked at the moon.\n" * 60)
+    return path
+
+
+def test_help_is_fast_and_complete():
+    started = time.perf_counter()
+    shown = run("--help").stdout
+    # Imports of torch or transformers alone would take longer than this.
+    assert time.perf_counter() - started < 5
+    assert all(name in shown for name in ("prune", "quantize", "compress", "eval", "bench"))
+    options = run("prune", "--help").stdout
+    for option in ("--model", "--sparsity", "--calibration", "--num-samples", "--sequence-length", "--seed"):
+        assert option in options
+    assert "--overwrite" in options and "--json FILE" in options and "OUTPUT" in options
+
+
+def test_prune(tiny_folder, text, tmp_path):
+    numbers = tmp_path / "numbers.json"
+    arguments = ("prune", "--model", tiny_folder, "--sparsity", 0.3, "--calibration", text, "--seed", 3, *SMALL)
+    done = run(*arguments, "--json", numbers, tmp_path / "out")
+    assert re.search(r"30\.00% asked: feed-forward width 96 -> \d+", done.stdout)
+    assert "of memory besides the model" in done.stderr and "Pruning" in done.stderr
+    assert json.loads(numbers.read_text())["achieved_sparsity"] >= 0.3
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.intermediate_size < 96
+    again = run(*arguments, tmp_path / "out", check=False)
+    assert again.returncode == 1 and "--overwrite" in again.stderr
+    run(*arguments, "--overwrite", "--quiet", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "comp_config.json").read_text())["seed"] == 3
+
+
+def test_quiet_prints_the_result_alone(tiny_folder, text, tmp_path):
+    done = run("prune", "--model", tiny_folder, "--calibration", text, *SMALL, "--quiet", tmp_path / "out")
+    assert done.stderr == "" and len(done.stdout.splitlines()) == 1
+
+
+def test_self_calibration_is_the_default(tiny_folder, tmp_path):
+    run("prune", "--model", tiny_folder, *SMALL, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "comp_report.json").read_text())["calibration"]["source"] == "self"
+
+
+def test_presets_and_stored_configs(tiny_folder, text, tmp_path):
+    run("prune", "--model", tiny_folder, "--calibration", text, "--preset", "fasp", *SMALL, tmp_path / "fasp")
+    stored = json.loads((tmp_path / "fasp" / "comp_config.json").read_text())
+    assert stored["neuron_metric"] == "wanda"
+    run(
+        "prune",
+        "--model",
+        tiny_folder,
+        "--calibration",
+        text,
+        "--config",
+        tmp_path / "fasp",
+        "--seed",
+        5,
+        tmp_path / "b",
+    )
+    assert json.loads((tmp_path / "b" / "comp_config.json").read_text()) == {**stored, "seed": 5}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--sparsity", 0), "sparsity=0.0 is not valid: sparsity must be a number in (0, 1)"),
+        (("--sparsity", 1), "sparsity=1.0 is not valid"),
+        (("--sparsity", -0.2), "sparsity=-0.2 is not valid"),
+        (("--sparsity", "nan"), "sparsity=nan is not valid"),
+        (("--sparsity", 0.9), "leaves no neuron in the feed-forward layers"),
+        (("--preset", "best"), "preset='best' is not valid: preset must be one of comp, comp-mask, fasp"),
+        (("--protected-layers", "0,9"), "the model has 4 layers"),
+        (("--calibration", "missing.txt"), "'missing.txt' does not exist"),
+        (("--num-samples", 100000), "num_samples=100000 needs"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_leaves_nothing(arguments, message, tiny_folder, text, tmp_path):
+    given = ("--calibration", text) if "--calibration" not in arguments else ()
+    done = run("prune", "--model", tiny_folder, *given, *arguments, tmp_path / "out", check=False)
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0]
+    assert "Traceback" not in done.stderr
+    assert not [path for path in tmp_path.iterdir() if "out" in path.name]
+
+
+def test_a_word_for_a_number_is_refused(tiny_folder, tmp_path):
+    done = run("prune", "--model", tiny_folder, "--sparsity", "much", tmp_path / "out", check=False)
+    assert done.returncode == 2 and "invalid float value: 'much'" in done.stderr
+
+
+def test_other_models_are_refused(tmp_path):
+    BertConfig().save_pretrained(tmp_path / "bert")
+    done = run("prune", "--model", tmp_path / "bert", tmp_path / "out", check=False)
+    assert done.returncode == 1 and "model_type='bert' has no family spec" in done.stderr
+    done = run("prune", "--model", tmp_path / "nothing", tmp_path / "out", check=False)
+    assert done.returncode == 1 and "nothing" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_nan_weights_name_the_tensor(tmp_path, text):
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.gate_proj.weight.data[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "nan")
+    done = run("prune", "--model", tmp_path / "nan", "--calibration", text, tmp_path / "out", check=False)
+    assert "model.layers.1.mlp.gate_proj.weight holds NaN" in done.stderr and done.returncode == 1
+
+
+def test_ctrl_c_leaves_nothing(tiny_folder, tmp_path):
+    command = [CLI, "comp", "prune", "--model", tiny_folder, "--num-samples", "4000", tmp_path / "out"]
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+    seen = ""
+    while "Writing calibration text" not in seen:
+        seen += process.stderr.read(1)
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=120)
+    assert process.returncode == 1 and "interrupted; nothing was written." in rest
+    assert not [path for path in tmp_path.iterdir() if "out" in path.name]
+
+
+def test_eval_and_bench(tiny_folder, text, tmp_path):
+    numbers = tmp_path / "numbers.json"
+    speed = ("--prompt-tokens", 16, "--new-tokens", 4, "--repeats", 1, "--threads", 1)
+    done = run(
+        "eval", "--model", tiny_folder, "--text", text, "--window", 32, "--prompt", "Hi", *speed, "--json", numbers
+    )
+    result = json.loads(numbers.read_text())
+    assert f"{result['perplexity']:.2f}" in done.stdout and "Asked: Hi" in done.stdout
+    assert result["window"] == 32 and result["predictions"] % 31 == 0
+    done = run("bench", tiny_folder, *speed, "--json", numbers)
+    assert json.loads(numbers.read_text())[0]["perplexity"] is None
+    assert "decode tok/s" in done.stdout
+
+
+def test_compress_and_quantize(tiny_folder, text, tmp_path):
+    measuring = ("--text", text, "--window", 32, "--prompt-tokens", 16, "--new-tokens", 4, "--repeats", 1)
+    given = ("--model", tiny_folder, "--calibration", text, "--sparsity", 0.3, *SMALL, *measuring, "--prompt", "Hi")
+    done = run("compress", *given, "--json", tmp_path / "numbers.json", tmp_path / "out")
+    stages = json.loads((tmp_path / "numbers.json").read_text())["stages"]
+    assert list(stages) == ["dense", "pruned", "pruned-onnx", "pruned-int8"]
+    assert stages["pruned-onnx"]["perplexity"] == pytest.approx(stages["pruned"]["perplexity"], rel=1e-4)
+    assert stages["pruned-int8"]["perplexity"] == pytest.approx(stages["pruned"]["perplexity"], rel=0.05)
+    assert stages["pruned"]["parameters"] < stages["dense"]["parameters"]
+    assert stages["pruned-int8"]["runtime"] == "onnxruntime"
+    assert all(name in done.stdout for name in stages) and "smaller than the dense model" in done.stdout
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "pruned",
+        "pruned-onnx",
+        "pruned-int8",
+        "comp_compress.json",
+        "README.md",
+    }
+    assert str(tmp_path) not in (tmp_path / "out" / "pruned" / "README.md").read_text()
+    run("compress", *given, "--overwrite", tmp_path / "out")
+    for number, source in enumerate(("pruned", "pruned-onnx")):
+        run("quantize", "--model", tmp_path / "out" / source, "--recipe", "int8-dynamic", tmp_path / f"q{number}")
+        assert (tmp_path / f"q{number}" / "model.onnx").is_file()
+    again = run("quantize", "--model", tmp_path / "out" / "pruned", tmp_path / "q0", check=False)
+    assert again.returncode == 1 and "--overwrite" in again.stderr
+    bad = run("quantize", "--model", tmp_path / "out" / "pruned", "--recipe", "int2", tmp_path / "q9", check=False)
+    assert "recipe='int2' is not valid: it must be one of int8" in bad.stderr

@@ -1,0 +1,91 @@
+"""The whole chain on SmolLM2-135M-Instruct; Python's documentation calibrates and, another part of it, measures."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from optimum_comp import CompConfig, CompPruner
+from optimum_comp.calibration import read_text, tokenize
+from optimum_comp.evaluation import load_model, perplexity
+from optimum_comp.onnx.export import export_onnx
+from optimum_comp.onnx.quantization import quantize_onnx
+
+
+pytestmark = pytest.mark.slow
+
+SIZE = {"sparsity": 0.2, "num_samples": 32, "sequence_length": 512}
+
+
+@pytest.fixture(scope="module")
+def text(real_model):
+    """Calibration text, and tokens that perplexity is measured on."""
+    whole, _ = read_text("pydoc")
+    cut = int(0.6 * len(whole))
+    held_out = tokenize(AutoTokenizer.from_pretrained(real_model), whole[cut:])[: 10 * 512]
+    return whole[:cut], held_out
+
+
+@pytest.fixture(scope="module")
+def dense_perplexity(real_model, text):
+    return perplexity(load_model(real_model)[0], text[1])[0]
+
+
+@pytest.fixture(scope="module")
+def pruned(real_model, text, tmp_path_factory):
+    pruner = CompPruner.from_pretrained(real_model)
+    pruner.prune(CompConfig(**SIZE), [text[0]])
+    return pruner.save_pretrained(tmp_path_factory.mktemp("real") / "pruned")
+
+
+@pytest.fixture(scope="module")
+def exported(pruned):
+    report = export_onnx(pruned, pruned.with_name("onnx"))
+    assert max(report.max_difference_prefill, report.max_difference_cached) < 1e-3
+    return report.output
+
+
+def test_pruned_20_percent(pruned, text, dense_perplexity):
+    report = json.loads((pruned / "comp_report.json").read_text())
+    assert 0.2 <= report["achieved_sparsity"] < 0.21
+    assert report["parameters_after"] < 114e6 < 134e6 < report["parameters_before"]
+    model = AutoModelForCausalLM.from_pretrained(pruned).eval()
+    assert perplexity(model, text[1])[0] < 1.35 * dense_perplexity
+
+
+def test_it_talks_the_same_with_and_without_cache(pruned):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(pruned).eval(), AutoTokenizer.from_pretrained(pruned)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    runs = [
+        model.generate(**prompt, max_new_tokens=24, do_sample=False, pad_token_id=0, use_cache=cache)
+        for cache in (True, False)
+    ]
+    assert torch.equal(*runs)
+    assert "Paris" in tokenizer.decode(runs[0][0])
+
+
+@pytest.mark.parametrize(("recipe", "most", "share"), [("int8", 1.02, 0.30), ("int8-dynamic", 1.9, 0.30)])
+def test_quantized(recipe, most, share, exported, text):
+    report = quantize_onnx(exported, exported.with_name(recipe), recipe=recipe)
+    assert report.size_bytes < share * report.size_bytes_before
+    tokens = text[1][: 4 * 512]
+    float_perplexity, _ = perplexity(load_model(exported)[0], tokens)
+    assert perplexity(load_model(report.output)[0], tokens)[0] < most * float_perplexity
+
+
+def test_mask_tuning_repairs(real_model, text, dense_perplexity):
+    """The paper's own recovery: one factor a column brings back a good part of what the removal costs."""
+    results = {}
+    for recovery in ("mask", "none"):
+        pruner = CompPruner.from_pretrained(real_model)
+        pruner.prune(CompConfig(recovery=recovery, **{**SIZE, "num_samples": 8}), [text[0]])
+        results[recovery] = perplexity(pruner.model, text[1][: 4 * 512])[0]
+    assert results["mask"] < 0.97 * results["none"]
