@@ -1,0 +1,268 @@
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import IDS, SIZES, TINY_CONFIGS, tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
+
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("optimum.onnxruntime")
+
+from onnx import numpy_helper  # noqa: E402
+from optimum.onnxruntime import ORTConfig, ORTModelForCausalLM, ORTQuantizer  # noqa: E402
+from optimum.onnxruntime.configuration import AutoQuantizationConfig  # noqa: E402
+
+from optimum_comp.onnx.export import export_onnx  # noqa: E402
+from optimum_comp.onnx.quantization import RECIPES, quantize_onnx  # noqa: E402
+from optimum_comp.onnx.runtime import load_onnx  # noqa: E402
+
+
+TIED = ["llama", "opt", "opt-post-norm"]
+FAMILIES = [*TINY_CONFIGS, "llama-odd"]
+
+# Relative error of the centred logits. The models below have outliers in their keys, as real ones do: quantizing the
+# products of activations makes the error 0.16 to 0.28 (see test_bound_sees_quantized_attention), a mistake in the
+# wiring about 1. Ours is 0.014 to 0.045 (int8) and 0.022 to 0.068 (int8-dynamic).
+BOUNDS = {"int8": 0.06, "int8-dynamic": 0.1}
+
+
+def outlier_model(name: str):
+    """A tiny model whose attention isn't uniform and whose keys have outliers."""
+    if name == "llama-odd":
+        # Tied, and no width that a block of 16 divides.
+        sizes = {**SIZES, "hidden_size": 40, "intermediate_size": 52, "tie_word_embeddings": True}
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, **IDS)).eval()
+    else:
+        model = tiny_model(name)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(3)
+            if "k_proj.weight" in key:
+                parameter[::16] *= 20
+            elif "k_proj.bias" in key:
+                parameter[::16] += 20
+    return model
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Checkpoint folder, ONNX folder and report of a family, exported once."""
+    made = {}
+
+    def get(name: str):
+        if name not in made:
+            root = tmp_path_factory.mktemp(name)
+            model = outlier_model(name)
+            model.generation_config.max_new_tokens = 7
+            model.save_pretrained(root / "torch")
+            made[name] = root / "torch", root / "onnx", export_onnx(root / "torch", root / "onnx")
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def quantized(exported, tmp_path_factory):
+    """Report of a family and a recipe, quantized once."""
+    made = {}
+
+    def get(name: str, recipe: str):
+        if (name, recipe) not in made:
+            output = tmp_path_factory.mktemp(name) / recipe
+            made[name, recipe] = quantize_onnx(exported(name)[1], output, recipe=recipe)
+        return made[name, recipe]
+
+    return get
+
+
+def logits(model) -> torch.Tensor:
+    ids = torch.randint(3, 128, (2, 96), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    actual, expected = (x - x.mean(-1, keepdim=True) for x in (actual, expected))
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+def graph_of(folder: Path):
+    return onnx.load(folder / "model.onnx").graph
+
+
+def activation_products(folder: Path) -> set[str]:
+    """Outputs of MatMuls that multiply no weight."""
+    graph = graph_of(folder)
+    constant = {tensor.name for tensor in graph.initializer}
+    constant |= {node.output[0] for node in graph.node if node.op_type == "Transpose" and node.input[0] in constant}
+    return {node.output[0] for node in graph.node if node.op_type == "MatMul" and node.input[1] not in constant}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_export_computes_what_pytorch_computes(name, exported):
+    source, folder, report = exported(name)
+    assert 0 < report.max_difference_prefill < 1e-3
+    assert 0 < report.max_difference_cached < 1e-3
+    assert report.size_bytes == (folder / "model.onnx").stat().st_size
+    # On other tokens and another length than the export's own check.
+    expected = logits(AutoModelForCausalLM.from_pretrained(source))
+    torch.testing.assert_close(logits(load_onnx(folder, threads=1)), expected, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_quantized_is_close_and_keeps_attention_in_float(name, recipe, exported, quantized):
+    _, folder, _ = exported(name)
+    report = quantized(name, recipe)
+    error = relative_error(logits(load_onnx(report.output, threads=1)), logits(load_onnx(folder, threads=1)))
+    assert error < BOUNDS[recipe]
+
+    products = activation_products(folder)
+    assert len(products) >= 2 * SIZES["num_hidden_layers"]
+    graph = graph_of(report.output)
+    # Every product of activations is left, and no other MatMul or Gemm.
+    assert {node.output[0] for node in graph.node if node.op_type in ("MatMul", "Gemm")} == products
+    # No weight is left in float, nor there twice.
+    assert not [t.name for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT and np.prod(t.dims) > 2048]
+    parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(exported(name)[0]).parameters())
+    stored = sum(len(t.raw_data) for t in graph.initializer if t.data_type in (2, 3))
+    padded = recipe == "int8" and name == "llama-odd"
+    assert stored < parameters * (2 if padded else 1.05)
+    # -128 overflows on old Arm cores.
+    signed = [numpy_helper.to_array(t) for t in graph.initializer if t.data_type == onnx.TensorProto.INT8]
+    assert all(weights.min(initial=0) > -128 for weights in signed)
+
+
+def test_bound_sees_quantized_attention(exported, tmp_path):
+    for name in ("llama", "qwen2"):
+        _, folder, _ = exported(name)
+        config = AutoQuantizationConfig.arm64(is_static=False, per_channel=True)
+        ORTQuantizer.from_pretrained(folder).quantize(config, tmp_path / name, file_suffix=None)
+        stock = logits(load_onnx(tmp_path / name, threads=1))
+        assert relative_error(stock, logits(load_onnx(folder, threads=1))) > max(BOUNDS.values())
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_tied_embedding_is_stored_once(name, quantized):
+    graph = graph_of(quantized(name, "int8").output)
+    (lookup,) = (node for node in graph.node if node.op_type == "GatherBlockQuantized")
+    (head,) = (node for node in graph.node if node.op_type == "MatMulNBits" and node.input[1] == lookup.input[0])
+    blocks = next(tensor for tensor in graph.initializer if tensor.name == head.input[1])
+    assert blocks.dims[0] == SIZES["vocab_size"]
+
+
+def test_counts(quantized):
+    layers = SIZES["num_hidden_layers"]
+    weights, products = 7 * layers + 1, 2 * layers + 1
+    assert quantized("llama", "int8").nodes == {
+        "MatMulNBits": weights,
+        "GatherBlockQuantized": 1,
+        "MatMul (float)": products,
+    }
+    dynamic = {"MatMulInteger": weights, "Gather (8-bit)": 1, "MatMul (float)": products}
+    assert quantized("llama", "int8-dynamic").nodes == dynamic
+    report = quantized("llama", "int8")
+    assert report.size_bytes < report.size_bytes_before
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_folder_is_complete_and_runs_silently(recipe, tiny_folder, tmp_path, capfd):
+    settings = tiny_folder / "tokenizer_config.json"
+    settings.write_text(settings.read_text().replace("{", '{ "a_key_of_my_own": 1,', 1))
+    export_onnx(tiny_folder, tmp_path / "onnx")
+    quantize_onnx(tmp_path / "onnx", tmp_path / "out", recipe=recipe)
+
+    for folder in (tmp_path / "onnx", tmp_path / "out"):
+        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+            assert (folder / name).read_bytes() == (tiny_folder / name).read_bytes()
+    for folder in (tmp_path / "onnx", tmp_path / "out"):
+        assert AutoTokenizer.from_pretrained(folder).chat_template
+        assert GenerationConfig.from_pretrained(folder).max_new_tokens == 7
+        assert json.loads((folder / "config.json").read_text())["rope_theta"] == 50_000
+    assert (tmp_path / "out" / "config.json").read_bytes() == (tmp_path / "onnx" / "config.json").read_bytes()
+    assert ORTConfig.from_pretrained(tmp_path / "out").quantization.operators_to_quantize
+    assert json.loads((tmp_path / "out" / "ort_config.json").read_text())["comp_recipe"]["name"] == recipe
+
+    model = ORTModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.generate(torch.tensor([[5, 6, 7, 8]]), do_sample=False, eos_token_id=127).shape[1] <= 4 + 7
+    captured = capfd.readouterr()
+    assert captured.out + captured.err == ""
+
+
+def test_logging_is_left_alone(exported, tmp_path):
+    root = logging.getLogger()
+    before = root.level, list(root.handlers), list(root.filters)
+    quantize_onnx(exported("llama")[1], tmp_path / "out")
+    assert (root.level, root.handlers, root.filters) == before
+
+
+def test_half_precision_is_exported_in_float32(tmp_path):
+    tiny_model("llama").to(torch.bfloat16).save_pretrained(tmp_path / "bf16")
+    report = export_onnx(tmp_path / "bf16", tmp_path / "onnx")
+    assert report.max_difference_prefill < 1e-4
+    types = Counter(tensor.data_type for tensor in graph_of(tmp_path / "onnx").initializer)
+    assert set(types) <= {onnx.TensorProto.FLOAT, onnx.TensorProto.INT64, onnx.TensorProto.BOOL}
+
+
+def test_disagreement_fails_and_leaves_nothing(exported, tmp_path):
+    source = exported("llama")[0]
+    with pytest.raises(RuntimeError, match=r"differ by up to \d"):
+        export_onnx(source, tmp_path / "out", tolerance=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_broken_graph_fails_and_leaves_nothing(exported, tmp_path):
+    shutil.copytree(exported("llama")[1], tmp_path / "broken")
+    (tmp_path / "broken" / "model.onnx").write_bytes(b"not a graph")
+    with pytest.raises(Exception, match="pars"):
+        quantize_onnx(tmp_path / "broken", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+def test_existing_output_is_kept_or_replaced(exported, tmp_path):
+    source, folder, _ = exported("opt")
+    output = tmp_path / "out"
+    quantize_onnx(folder, output)
+    before = (output / "model.onnx").read_bytes()
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        quantize_onnx(folder, output, recipe="int8-dynamic")
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        export_onnx(source, output)
+    assert (output / "model.onnx").read_bytes() == before
+    quantize_onnx(folder, output, recipe="int8-dynamic", overwrite=True)
+    assert (output / "model.onnx").read_bytes() != before
+    with pytest.raises(ValueError, match="also the input"):
+        quantize_onnx(folder, folder, overwrite=True)
+
+
+def test_wrong_inputs_are_named(exported, quantized, tmp_path):
+    source, folder, _ = exported("llama")
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        export_onnx(tmp_path, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"no model\.onnx"):
+        quantize_onnx(source, tmp_path / "out")
+    with pytest.raises(ValueError, match="int8, int8-dynamic"):
+        quantize_onnx(folder, tmp_path / "out", recipe="int7")
+    with pytest.raises(ValueError, match="quantized already"):
+        quantize_onnx(quantized("llama", "int8").output, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rotary_settings_of_transformers_5_only_are_refused(exported, tmp_path):
+    shutil.copytree(exported("llama")[0], tmp_path / "five")
+    path = tmp_path / "five" / "config.json"
+    config = json.loads(path.read_text())
+    config["rope_parameters"] = {"rope_theta": config.pop("rope_theta"), "rope_type": "default"}
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="rope_theta"):
+        export_onnx(tmp_path / "five", tmp_path / "out")
