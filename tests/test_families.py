@@ -13,6 +13,7 @@ from conftest import TINY_CONFIGS, tiny_blocks, tiny_model
 from transformers import AutoModelForCausalLM
 
 from optimum_comp import CompConfig, CompPruner
+from optimum_comp.onnx.export import export_onnx
 
 
 SETTINGS = {"num_samples": 16, "sequence_length": 32, "round_to": 8}
@@ -70,6 +71,8 @@ def test_contract(name, layer_fraction, tmp_path):
     assert config["num_hidden_layers"] == layers
     if "layer_types" in config:
         assert len(config["layer_types"]) == layers
+    exported = export_onnx(folder, tmp_path / "onnx")
+    assert max(exported.max_difference_prefill, exported.max_difference_cached) < 1e-3
     if name == "llama":
         reloaded = AutoModelForCausalLM.from_pretrained(folder)
         assert reloaded.lm_head.weight.data_ptr() == reloaded.model.embed_tokens.weight.data_ptr()

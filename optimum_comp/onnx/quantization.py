@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from optimum_comp.atomic import atomic_folder
+from optimum_comp.families import family_of
 from optimum_comp.onnx.folders import MODEL_NAME, copy_companions, graph_bytes
 from optimum_comp.onnx.noise import without_noise
 from optimum_comp.onnx.runtime import require_onnxruntime
@@ -35,12 +36,15 @@ class Recipe:
         block_bits: bits of each weight matrix in ONNX Runtime's `MatMulNBits`; an embedding that is tied to the head
             shares the head's. `None`: no block-wise quantization.
         block_size: weights that share a scale; a power of two. Halved for a matrix that it doesn't divide.
+        consumers_only: block-wise only the dense layers that read the FFN's neurons. Their inputs have outliers, and
+            one scale for all activations of a prompt loses the rest; `MatMulNBits` has a scale for each block.
     """
 
     description: str
     operators: tuple[str, ...]
     block_bits: int | None = None
     block_size: int = 64
+    consumers_only: bool = False
 
 
 RECIPES: dict[str, Recipe] = {
@@ -49,8 +53,10 @@ RECIPES: dict[str, Recipe] = {
     ),
     # Transpose: a tied head multiplies by the transposed embedding. Left out, its weight is quantized at every token.
     "int8-dynamic": Recipe(
-        "8-bit weights and activations; fast prompts, loses where activations have outliers",
+        "8-bit weights and activations; fast prompts, some loss",
         ("MatMul", "Gather", "Transpose"),
+        block_bits=8,
+        consumers_only=True,
     ),
 }
 
@@ -134,7 +140,8 @@ def _prepare(source: Path, target: Path, recipe: Recipe) -> list[str]:
     # OPT flattens batch and length before its FFN, which exports as Gemm.
     ONNXModel(model).replace_gemm_with_matmul()
     if recipe.block_bits is not None:
-        _quantize_blocks(model, recipe.block_bits, recipe.block_size)
+        consumer = _consumer_in_names(source.with_name("config.json")) if recipe.consumers_only else None
+        _quantize_blocks(model, recipe.block_bits, recipe.block_size, consumer)
     weights = set(_matrices(model.graph)) | {node.output[0] for node in _transposed_matrices(model.graph)}
     excluded = [node.name for node in model.graph.node if node.op_type == "MatMul" and node.input[1] not in weights]
     onnx.save(model, target, save_as_external_data=_needs_external_data(model.graph))
@@ -164,14 +171,21 @@ def _run_ort_quantizer(prepared: Path, folder: Path, recipe: Recipe, excluded: l
     )
 
 
-def _quantize_blocks(model: Any, bits: int, block_size: int) -> None:
-    """Replace every multiplication by a weight by `MatMulNBits`, in place."""
-    tied = _untie(model.graph)
+def _consumer_in_names(config: Path) -> str:
+    """What the names of nodes hold that the exporter makes of the dense layer that reads the FFN's neurons."""
+    from transformers import AutoConfig
+
+    return f"/{family_of(AutoConfig.from_pretrained(config)).consumer.replace('.', '/')}/"
+
+
+def _quantize_blocks(model: Any, bits: int, block_size: int, only: str | None = None) -> None:
+    """Replace multiplications by a weight by `MatMulNBits`, in place: all, or those with `only` in their name."""
+    tied = _untie(model.graph) if only is None else {}
     matrices = _matrices(model.graph)
     names_of_block = defaultdict(set)
     matmuls = [node for node in model.graph.node if node.op_type == "MatMul"]
     for node in matmuls:
-        if node.input[1] in matrices:
+        if node.input[1] in matrices and (only is None or only in node.name):
             names_of_block[_fitting(block_size, matrices[node.input[1]].dims[0])].add(node.name)
     every = {node.name for node in matmuls}
     for block, names in names_of_block.items():
