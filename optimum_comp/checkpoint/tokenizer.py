@@ -40,21 +40,24 @@ def _holds_tokenizer(folder: Path) -> bool:
 
 
 def save_tokenizer(folder: Path, tokenizer: Any, source: str | None, source_arguments: dict[str, Any]) -> None:
-    """Copy the tokenizer's files as they are; write them anew only where there are none to copy.
-
-    A copy, since `save_pretrained` of transformers 5 names a tokenizer class that version 4 refuses.
-    """
+    """Copy the tokenizer's files as they are; write them anew only where there are none to copy."""
     if tokenizer is None:
         return
-    if source is not None and "gguf_file" not in source_arguments and tokenizer.name_or_path == source:
-        origin = _source_folder(source, source_arguments)
-        if _holds_tokenizer(origin):
-            for name in TOKENIZER_FILES:
-                if (origin / name).is_file():
-                    shutil.copyfile(origin / name, folder / name)
-            return
-    tokenizer.save_pretrained(folder)
-    path = folder / "tokenizer_config.json"
+    verbatim = source is not None and "gguf_file" not in source_arguments and tokenizer.name_or_path == source
+    origin = _source_folder(source, source_arguments) if source is not None and verbatim else None
+    if origin is not None and _holds_tokenizer(origin):
+        for name in TOKENIZER_FILES:
+            if (origin / name).is_file():
+                shutil.copyfile(origin / name, folder / name)
+    else:
+        tokenizer.save_pretrained(folder)
+    _name_a_class_that_all_versions_know(folder / "tokenizer_config.json")
+
+
+def _name_a_class_that_all_versions_know(path: Path) -> None:
+    """Transformers 5 writes `TokenizersBackend`, which version 4 refuses: its name is `PreTrainedTokenizerFast`."""
+    if not path.is_file():
+        return
     settings = json.loads(path.read_text(encoding="utf-8"))
     if settings.get("tokenizer_class") == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"

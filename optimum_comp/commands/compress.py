@@ -29,9 +29,7 @@ class CompressCommand(CompSubcommand):
         """Declare the options."""
         parser.add_argument("-m", "--model", required=True, help="Local folder or hub id.")
         add_config_arguments(parser)
-        parser.add_argument(
-            "--recipe", default="int8", help="int8 or int8-dynamic (faster prompts) [int8]."
-        )
+        parser.add_argument("--recipe", default="int8", help="int8 or int8-dynamic (faster prompts) [int8].")
         add_measuring_arguments(parser)
         add_loading_arguments(parser)
         parser.add_argument("--overwrite", action="store_true", help="Replace an earlier result in OUTPUT.")

@@ -20,9 +20,7 @@ class QuantizeCommand(CompSubcommand):
     def parse_args(parser: ArgumentParser) -> None:
         """Declare the options."""
         parser.add_argument("-m", "--model", required=True, type=Path, help="PyTorch or ONNX folder.")
-        parser.add_argument(
-            "--recipe", default="int8", help="int8 or int8-dynamic (faster prompts) [int8]."
-        )
+        parser.add_argument("--recipe", default="int8", help="int8 or int8-dynamic (faster prompts) [int8].")
         parser.add_argument("--overwrite", action="store_true", help="Replace a model that is in OUTPUT already.")
         add_common_arguments(parser)
         parser.add_argument("output", type=Path, metavar="OUTPUT", help="Output folder.")
