@@ -8,7 +8,6 @@ OUT ?= out
 
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
-# bench: the scripts read another text with TEXT=file.
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
@@ -44,9 +43,10 @@ types: $(READY)  ## Check types
 
 check: lint types test  ## Lint, types and default tests
 
-bench: $(READY) models/smollm2/config.json  ## Cost of pruning in forward passes, and quality against other methods
+bench: $(READY) models/smollm2/config.json  ## Cost of pruning, its quality, and that of 8-bit recipes (TEXT=file)
 	$(BIN)/python benchmarks/cost.py --model models/smollm2
-	$(BIN)/python benchmarks/quality.py --model models/smollm2 $(if $(TEXT),--text $(TEXT))
+	$(BIN)/python benchmarks/quality.py --model models/smollm2 $(if $(TEXT),--calibration $(TEXT):0:0.6 --text $(TEXT):0.6:1)
+	$(BIN)/python benchmarks/int8.py --model models/smollm2 $(if $(TEXT),--text $(TEXT))
 
 clean:  ## Remove what was made, but for .venv and models
 	rm -rf $(OUT) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

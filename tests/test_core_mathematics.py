@@ -189,7 +189,9 @@ def test_elimination_one_at_a_time_is_exact_greedy(seed, form):
     problem = gram_form(weight, matrix) if form == "gram" else mask_form(weight, matrix)
     for keep in (2, 4):
         want = greedy_by_brute_force(lambda kept: fit(x, weight, kept, ridge)[1], 6, keep)
-        assert eliminate(problem, keep, block_size=1).tolist() == want
+        kept, scores = eliminate(problem, keep, block_size=1)
+        assert kept.tolist() == want
+        torch.testing.assert_close(scores, importance(problem))
 
 
 def test_iterative_removal_keeps_one_of_two_duplicates_and_ranking_once_removes_both():
@@ -198,7 +200,7 @@ def test_iterative_removal_keeps_one_of_two_duplicates_and_ranking_once_removes_
     weight = torch.ones(3, 6, dtype=torch.float64)
     weight[:, :2] = 3.0
     problem = gram_form(weight, regularize(x.T @ x, 1e-8))
-    iterative, once = eliminate(problem, 4, block_size=1).tolist(), eliminate(problem, 4, block_size=6).tolist()
+    iterative, once = (eliminate(problem, 4, block_size=size)[0].tolist() for size in (1, 6))
     assert len({0, 1} & set(iterative)) == 1
     assert not {0, 1} & set(once)
     assert refit(x, weight, iterative, 1e-8)[1] < 0.5 * refit(x, weight, once, 1e-8)[1]

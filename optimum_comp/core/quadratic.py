@@ -122,7 +122,7 @@ def solve(problem: Problem, kept: Tensor) -> Tensor:
     return torch.cholesky_solve((problem.target @ problem.matrix[:, kept]).T, factor).T
 
 
-def eliminate(problem: Problem, keep: int, block_size: int) -> Tensor:
+def eliminate(problem: Problem, keep: int, block_size: int) -> tuple[Tensor, Tensor]:
     """Remove the least important channels, a block at a time, re-evaluating the others after each block.
 
     After block `B` has gone, `T_q −= T_B ([Q⁻¹]_BB)⁻¹ [Q⁻¹]_Bq` is the re-fitted optimum and the Schur complement
@@ -135,17 +135,16 @@ def eliminate(problem: Problem, keep: int, block_size: int) -> Tensor:
         block_size: channels removed between two evaluations, ≥ 1.
 
     Returns:
-        Indices of the kept channels, ascending, `[keep]`.
+        Indices of the kept channels, ascending, `[keep]`; and every channel's `importance` before anything was
+        removed, `[d]`.
     """
     size = problem.matrix.shape[0]
     if not 1 <= keep <= size or block_size < 1:
         raise ValueError(f"keep={keep}, block_size={block_size}: need 1 <= keep <= {size} and block_size >= 1.")
     active = torch.arange(size, device=problem.matrix.device)
-    if keep == size:
-        return active
     target, inv = problem.target, inverse(problem.matrix)
+    first = scores = target.square().sum(0) / inv.diagonal()
     while active.numel() > keep:
-        scores = target.square().sum(0) / inv.diagonal()
         count = min(block_size, active.numel() - keep)
         stays = torch.ones_like(active, dtype=torch.bool)
         stays[torch.topk(scores, count, largest=False).indices] = False
@@ -155,4 +154,5 @@ def eliminate(problem: Problem, keep: int, block_size: int) -> Tensor:
         target = target[:, stays] - target[:, goes] @ transfer
         inv = inv[stays][:, stays] - cross.T @ transfer
         active = active[stays]
-    return active
+        scores = target.square().sum(0) / inv.diagonal()
+    return active, first

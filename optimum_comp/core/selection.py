@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from optimum_comp.core.gram import regularize
-from optimum_comp.core.quadratic import Problem, eliminate, gram_form, importance, mask_form, mask_gram
+from optimum_comp.core.quadratic import Problem, eliminate, gram_form, mask_form, mask_gram
 
 
 def magnitude(weight: Tensor, gram: Tensor, generator: torch.Generator) -> Tensor:
@@ -79,4 +79,4 @@ def select_channels(
         scores = SCORES[metric](weight, gram, generator)
         return torch.topk(scores, keep).indices.sort().values, scores
     problem = condition_problem(metric, weight, gram, ridge, cross)
-    return eliminate(problem, keep, block_size or weight.shape[1]), importance(problem)
+    return eliminate(problem, keep, block_size or weight.shape[1])
