@@ -18,7 +18,7 @@ from optimum_comp.calibration import Calibration, CalibrationSource, prepare_cal
 from optimum_comp.checkpoint.tokenizer import has_tokenizer
 from optimum_comp.configuration import FIELDS, CompConfig
 from optimum_comp.core.allocation import Allocation, Shape, allocate
-from optimum_comp.core.gram import GramAccumulator
+from optimum_comp.core.gram import GramAccumulator, cross_moment
 from optimum_comp.core.layer_scores import least_important
 from optimum_comp.core.recovery import RECOVERIES, refit, relative_error
 from optimum_comp.core.selection import select_channels
@@ -317,10 +317,10 @@ class CompPruner:
             own = residual + consumer(inputs).view_as(residual)
             wanted = runner.run_all(gap, own)
             if gap:
-                over_gap += _cross_moment(wanted - own, inputs)
+                over_gap += cross_moment(wanted - own, inputs)
             if dense is not None:
                 dense[number] = runner.run_all(gap, runner.run(index, dense[number]))
-                deviation += _cross_moment(dense[number] - wanted, inputs)
+                deviation += cross_moment(dense[number] - wanted, inputs)
         if gap:
             weight = refit(weight, seen.gram, over_gap, config.ridge)
         return weight, None if dense is None else config.alignment * deviation
@@ -440,12 +440,6 @@ def _names_layer(name: str) -> Iterator[None]:
         ) from error
     except torch.linalg.LinAlgError as error:
         raise ValueError(f"{name}: its moments can't be inverted; raise the ridge. ({error})") from error
-
-
-def _cross_moment(outputs: Tensor, inputs: Tensor) -> Tensor:
-    """`Σ_t y_t x_tᵀ` over all tokens, `[d_out, d_in]`, of `[..., d_out]` and `[..., d_in]`."""
-    flat = inputs.reshape(-1, inputs.shape[-1]).float()
-    return (outputs.reshape(-1, outputs.shape[-1]).float().T @ flat).double()
 
 
 def _drop_layers(layers: nn.ModuleList, removed: list[int]) -> None:

@@ -55,7 +55,9 @@ def write_text(
         min_new_tokens=sequence_length,
         max_new_tokens=sequence_length,
         eos_token_id=getattr(model.generation_config, "eos_token_id", None),
-        pad_token_id=start,
+        # Never written, since no sample ends early; another token than the first, which transformers would take for
+        # padding on the wrong side.
+        pad_token_id=0 if start else 1,
     )
     blocks = []
     with torch.random.fork_rng(devices=[]):

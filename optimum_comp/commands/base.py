@@ -1,4 +1,4 @@
-"""`optimum-cli comp` and what its subcommands share."""
+"""What the subcommands of `optimum-cli comp` share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from argparse import SUPPRESS, ArgumentParser
 from pathlib import Path
 from typing import Any
 
-from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+from optimum.commands.base import BaseOptimumCLICommand
 
 
 class CompSubcommand(BaseOptimumCLICommand):
@@ -135,26 +135,3 @@ def _configure_logging(quiet: bool) -> None:
         disable_progress_bars()
     else:
         logging.getLogger(ROOT_LOGGER).setLevel(logging.INFO)
-
-
-def _subcommands() -> tuple[CommandInfo, ...]:
-    from optimum_comp.commands.compress import CompressCommand
-    from optimum_comp.commands.evaluate import BenchCommand, EvaluateCommand
-    from optimum_comp.commands.prune import PruneCommand
-    from optimum_comp.commands.quantize import QuantizeCommand
-
-    classes = (PruneCommand, QuantizeCommand, CompressCommand, EvaluateCommand, BenchCommand)
-    return tuple(CommandInfo(c.COMMAND.name, c.COMMAND.help, subcommand_class=c) for c in classes)
-
-
-class CompCommand(BaseOptimumCLICommand):
-    """`optimum-cli comp`."""
-
-    COMMAND = CommandInfo(name="comp", help="Make language models small: COMP pruning, ONNX, int8.")
-    SUBCOMMANDS: tuple[CommandInfo, ...] = ()
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        # Looked up here, since the subcommands' modules import this one.
-        if not kwargs.get("from_defaults_factory"):
-            self.SUBCOMMANDS = _subcommands()
-        super().__init__(*args, **kwargs)

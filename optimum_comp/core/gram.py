@@ -58,6 +58,12 @@ class GramAccumulator:
         return upper + torch.triu(upper, diagonal=1).T
 
 
+def cross_moment(outputs: Tensor, inputs: Tensor) -> Tensor:
+    """`Σ_t y_t x_tᵀ` over all tokens, `[d_out, d_in]`, float64, of `y: [..., d_out]` and `x: [..., d_in]`."""
+    flat = inputs.reshape(-1, inputs.shape[-1]).float()
+    return (outputs.reshape(-1, outputs.shape[-1]).float().T @ flat).double()
+
+
 def regularize(gram: Tensor, ridge: float) -> Tensor:
     """Return `G + λ mean(diag G) I`.
 

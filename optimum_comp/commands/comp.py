@@ -1,0 +1,20 @@
+"""`optimum-cli comp`."""
+
+from __future__ import annotations
+
+from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+
+from optimum_comp.commands.compress import CompressCommand
+from optimum_comp.commands.evaluate import BenchCommand, EvaluateCommand
+from optimum_comp.commands.prune import PruneCommand
+from optimum_comp.commands.quantize import QuantizeCommand
+
+
+class CompCommand(BaseOptimumCLICommand):
+    """Holds the subcommands."""
+
+    COMMAND = CommandInfo(name="comp", help="Make language models small: COMP pruning, ONNX, int8.")
+    SUBCOMMANDS = tuple(
+        CommandInfo(command.COMMAND.name, command.COMMAND.help, subcommand_class=command)
+        for command in (PruneCommand, QuantizeCommand, CompressCommand, EvaluateCommand, BenchCommand)
+    )
