@@ -123,7 +123,7 @@ def read_text(source: Any, text_column: str | None = None, needed: int | None = 
         if path.is_dir() or path.suffix.lower() in _BUILDERS:
             problem = "is a folder" if path.is_dir() else "does not exist"
             raise ValueError(f"calibration file {str(source)!r} {problem}; give a text, JSONL, CSV or Parquet file.")
-        return _joined(_read_hub(str(source), text_column, needed), str(source)), str(source)
+        return _joined(read_named_dataset(str(source), text_column, needed), str(source)), str(source)
     if hasattr(source, "column_names"):
         rows = source[_text_column(source.column_names, text_column, "the dataset")]
         return _joined(rows, "the dataset"), getattr(getattr(source, "info", None), "dataset_name", None) or "dataset"
@@ -188,7 +188,17 @@ def _read_file(path: Path, text_column: str | None) -> Sequence[str]:
     return list(table[_text_column(table.column_names, text_column, path.name)])
 
 
-def _read_hub(name: str, text_column: str | None, needed: int | None) -> list[str]:
+def read_named_dataset(name: str, text_column: str | None, needed: int | None) -> list[str]:
+    """Rows of a dataset on the hub, streamed until there is a surplus of text to choose from.
+
+    Args:
+        name: `name[:config[:split]]`.
+        text_column: the column that holds text.
+        needed: tokens that will be used.
+
+    Raises:
+        ValueError: no such dataset, config, split or column.
+    """
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
 

@@ -7,12 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
 
 from optimum_comp.utils import progress_disabled
 
 
-_BATCH = 32
-"""Samples written side by side: enough to keep the processor busy, few enough for their KV cache."""
+_CACHE_BYTES = 2**31
+_MOST_SAMPLES = 64
+"""Samples written side by side: as many as keep the processor busy, and whose KV cache fits into `_CACHE_BYTES`."""
 _TOP_P = 0.95
 _TEMPERATURE = 1.0
 
@@ -44,8 +47,6 @@ def write_text(
     Returns:
         `[num_samples, sequence_length]`, int64.
     """
-    from transformers import GenerationConfig
-
     start = _start_token(model, tokenizer)
     settings = GenerationConfig(
         do_sample=True,
@@ -62,14 +63,43 @@ def write_text(
     blocks = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        steps = range(0, num_samples, _BATCH)
-        for first in tqdm(steps, desc="Writing calibration text", unit="batch", disable=progress_disabled()):
-            prompt = torch.full((min(_BATCH, num_samples - first), 1), start, device=model.device)
-            written = model.generate(
-                prompt, attention_mask=torch.ones_like(prompt), generation_config=settings, use_cache=True
-            )
-            blocks.append(written[:, 1:].cpu())
+        side_by_side = _samples_side_by_side(model, sequence_length)
+        tokens = num_samples * sequence_length
+        with tqdm(total=tokens, desc="Writing calibration text", unit="tok", disable=progress_disabled()) as progress:
+            for first in range(0, num_samples, side_by_side):
+                prompt = torch.full((min(side_by_side, num_samples - first), 1), start, device=model.device)
+                written = model.generate(
+                    prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    generation_config=settings,
+                    use_cache=True,
+                    streamer=_Counter(progress, prompt.numel()),
+                )
+                blocks.append(written[:, 1:].cpu())
     return torch.cat(blocks)
+
+
+class _Counter(BaseStreamer):
+    """Moves a progress bar by the tokens that are written; the prompt, which comes first, isn't."""
+
+    def __init__(self, progress: Any, prompt: int):
+        self._progress = progress
+        self._prompt = prompt
+
+    def put(self, value: Tensor) -> None:
+        self._progress.update(value.numel() - self._prompt)
+        self._prompt = 0
+
+    def end(self) -> None:
+        """Nothing is held back."""
+
+
+def _samples_side_by_side(model: Any, sequence_length: int) -> int:
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    values = 2 * config.num_hidden_layers * heads * head * sequence_length
+    return max(1, min(_MOST_SAMPLES, _CACHE_BYTES // (values * model.dtype.itemsize)))
 
 
 def _start_token(model: nn.Module, tokenizer: Any) -> int:

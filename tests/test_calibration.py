@@ -9,7 +9,13 @@ from conftest import tiny_blocks, tiny_model, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimum_comp.calibration import choose_blocks, prepare_calibration, read_text, tokenize
+from optimum_comp.calibration import (
+    choose_blocks,
+    prepare_calibration,
+    read_named_dataset,
+    read_text,
+    tokenize,
+)
 
 
 TEXT = "The cat sat on the mat and looked at the moon.\n" * 40
@@ -52,6 +58,18 @@ def test_lists_datasets_and_blocks():
     assert torch.equal(prepare(TEXT.splitlines()).tokens, prepare(rows).tokens)
     blocks = tiny_blocks(6, 40)
     assert torch.equal(prepare(blocks).tokens, blocks[:4, :32])
+
+
+def test_a_named_dataset_is_streamed_until_there_is_enough(tmp_path):
+    # `load_dataset` takes a folder by the same name argument as a repository on the hub.
+    write(tmp_path / "train.parquet", "parquet", "body")
+    rows = read_named_dataset(str(tmp_path), "body", needed=None)
+    assert "".join(f"{row}\n" for row in rows) == TEXT
+    assert len(read_named_dataset(f"{tmp_path}::train", "body", needed=4)) < len(rows)
+    with pytest.raises(ValueError, match="no column 'text'; it has: body, id"):
+        read_named_dataset(str(tmp_path), None, needed=None)
+    with pytest.raises(ValueError, match="neither a file here nor a dataset"):
+        read_named_dataset(f"{tmp_path}::validation", "body", needed=None)
 
 
 def test_pydoc_is_on_every_machine():
