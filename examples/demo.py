@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="local folder or hub id")
     parser.add_argument("--sparsity", type=float, default=0.2)
     parser.add_argument("--text", default=PYDOC, help="a text file; Python's documentation by default")
-    parser.add_argument("--prompt", default="What is the capital of France? Answer in one sentence.")
+    parser.add_argument("--prompt", default="Explain in two sentences why the sky is blue.")
     parser.add_argument("output", type=Path)
     args = parser.parse_args()
 

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 
-_MARKER = "config.json"
-"""A folder is replaced only if it holds this file: then it is a model, not somebody's documents."""
+COMPRESSION_SUMMARY = "comp_compress.json"
+_MARKERS = ("config.json", COMPRESSION_SUMMARY)
+"""A folder is replaced only if it holds one of these: then it is a model, or a compression of ours."""
 
 
 def check_folder(target: str | Path, *, overwrite: bool = False, sources: Sequence[str | Path] = ()) -> Path:
@@ -42,8 +43,8 @@ def check_folder(target: str | Path, *, overwrite: bool = False, sources: Sequen
         raise FileExistsError(
             f"{shown} exists and isn't empty. Choose another folder, or replace it with --overwrite."
         )
-    if not (target / _MARKER).is_file():
-        raise FileExistsError(f"{shown} isn't replaced: without a {_MARKER} it doesn't look like a model folder.")
+    if not any((target / marker).is_file() for marker in _MARKERS):
+        raise FileExistsError(f"{shown} isn't replaced: without a {_MARKERS[0]} it doesn't look like a model folder.")
     return target
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from optimum_comp.atomic import atomic_folder, check_folder
+from optimum_comp.atomic import COMPRESSION_SUMMARY, atomic_folder, check_folder
 from optimum_comp.calibration import CalibrationSource, read_text
 from optimum_comp.configuration import CompConfig
 from optimum_comp.evaluation import Evaluation, Settings, evaluate_apart, is_onnx_folder
@@ -24,7 +24,6 @@ from optimum_comp.utils import get_logger
 logger = get_logger(__name__)
 
 PRUNED, PRUNED_ONNX = "pruned", "pruned-onnx"
-SUMMARY_NAME = "comp_compress.json"
 QUANTIZED_TOLERANCE = 1.05
 """A quantized model whose perplexity is above this multiple of its float original is called out."""
 
@@ -128,7 +127,7 @@ def compress(
             stages[name] = evaluate_apart(path, settings, **(loading if name == "dense" else {}))
             stages[name].model = str(model) if name == "dense" else name
         result = Compression(output, pruning, stages)
-        (folder / SUMMARY_NAME).write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
+        (folder / COMPRESSION_SUMMARY).write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(f"# {output.name}\n\n{result.text()}\n", encoding="utf-8")
     return result
 

@@ -157,7 +157,7 @@ def evaluate(path: str | Path, settings: Settings, **kwargs: Any) -> Evaluation:
     Raises:
         ValueError: the text is shorter than one window.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     tokens, name = None, None
     if settings.text is not None or settings.prompt is not None:
@@ -172,7 +172,9 @@ def evaluate(path: str | Path, settings: Settings, **kwargs: Any) -> Evaluation:
             )
     started = time.perf_counter()
     model, runtime = load_model(path, settings.threads, **kwargs)
-    result = Evaluation(str(path), runtime, count_parameters(model.config), weight_bytes(path))
+    # The folder's own config: ONNX Runtime's model has put its attention implementation into its copy.
+    config = AutoConfig.from_pretrained(path, **lookup_arguments(kwargs))
+    result = Evaluation(str(path), runtime, count_parameters(config), weight_bytes(path))
     result.load_seconds = time.perf_counter() - started
     result.threads = settings.threads or torch.get_num_threads()
     if settings.prompt is not None:
