@@ -9,6 +9,7 @@ perplexity. `--text FILE` does the same with a text of yours.
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import tempfile
 from pathlib import Path
@@ -19,6 +20,7 @@ from optimum_comp import CompConfig
 from optimum_comp.calibration import PYDOC, read_text, tokenize
 from optimum_comp.compress import compress
 from optimum_comp.evaluation import Settings
+from optimum_comp.utils import ROOT_LOGGER
 
 
 CALIBRATION_SHARE = 0.6
@@ -33,14 +35,24 @@ def main() -> None:
     parser.add_argument("--prompt", default="Explain in two sentences why the sky is blue.")
     parser.add_argument("output", type=Path)
     args = parser.parse_args()
+    # Stages, and what they need, on the screen.
+    logging.getLogger(ROOT_LOGGER).setLevel(logging.INFO)
+    try:
+        print(run(args))
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        sys.exit(f"error: {error}")
 
+
+def run(args: argparse.Namespace) -> str:
+    """The report."""
     config = CompConfig(sparsity=args.sparsity)
     text, _ = read_text(args.text)
-    cut = text.rfind("\n", 0, int(len(text) * CALIBRATION_SHARE)) + 1
+    share = int(len(text) * CALIBRATION_SHARE)
+    cut = text.rfind("\n", 0, share) + 1 or share
     tokens = tokenize(AutoTokenizer.from_pretrained(args.model), text[:cut]).numel()
     samples = min(config.num_samples, tokens // config.sequence_length)
     if samples == 0:
-        sys.exit(
+        raise ValueError(
             f"{args.text} is too short: its first part has {tokens} tokens, a sample takes {config.sequence_length}."
         )
     config.num_samples = samples
@@ -52,7 +64,7 @@ def main() -> None:
         result = compress(
             args.model, args.output, config=config, calibration=calibration, settings=settings, overwrite=True
         )
-    print(result.text())
+    return result.text()
 
 
 if __name__ == "__main__":
