@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from conftest import tiny_blocks, tiny_model
 
 from optimum_comp.evaluation import Settings, answer, count_parameters, evaluate, evaluate_apart, perplexity
 from optimum_comp.report.table import evaluation_table
+from optimum_comp.utils import peak_memory_bytes
 
 
 SETTINGS = {"window": 32, "max_tokens": 640, "new_tokens": 4, "prompt_tokens": 16, "repeats": 1}
@@ -45,6 +48,14 @@ def test_evaluation_in_a_process_of_its_own(tiny_folder, tmp_path):
     assert result.peak_memory_bytes > 50e6
     table = evaluation_table({"one": result, "two": here})
     assert f"{result.perplexity:.2f} (1.000x)" in table and "620 predicted tokens in windows of 32" in table
+
+
+def test_peak_memory_is_that_of_the_process_alone():
+    ballast = torch.ones(600_000_000, dtype=torch.uint8)
+    assert peak_memory_bytes() > ballast.numel()
+    code = "from optimum_comp.utils import peak_memory_bytes; print(peak_memory_bytes())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 10e6 < int(done.stdout) < 0.9 * ballast.numel()
 
 
 def test_parts_can_be_left_out(tiny_folder):
