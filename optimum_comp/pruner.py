@@ -81,7 +81,7 @@ class CompPruner:
             model: hub id, local folder, or a model that is in memory already (then it is pruned in place).
             tokenizer: a tokenizer, or where to load it from; by default it is looked for beside the model.
             kwargs: passed on to `AutoModelForCausalLM.from_pretrained` (`dtype`, `gguf_file`, `revision`, `token`,
-                `trust_remote_code`, ...).
+                `trust_remote_code`, ...). The checkpoint's own dtype is the default.
 
         Raises:
             ValueError: the model isn't a decoder-only language model of a supported family (said before any weight
@@ -96,6 +96,9 @@ class CompPruner:
         lookup = lookup_arguments(kwargs)
         # The family is checked on the config alone, before gigabytes of weights are read.
         family_of(kwargs.get("config") or AutoConfig.from_pretrained(source, **lookup))
+        if "gguf_file" not in kwargs:
+            # What is half precision on disk stays it.
+            kwargs.setdefault("dtype", "auto")
         loaded = AutoModelForCausalLM.from_pretrained(source, **kwargs)
         if isinstance(tokenizer, (str, Path)):
             tokenizer = AutoTokenizer.from_pretrained(str(tokenizer))
@@ -240,7 +243,8 @@ class CompPruner:
         renumber(spec, layers)
         apply_to_config(spec, model.config, kept_layers, allocation.width)
         return CompReport(
-            source=self._source,
+            # A local path says nothing to others and may say too much.
+            source=Path(self._source).name if self._source and Path(self._source).is_dir() else self._source,
             model_type=spec.model_type,
             requested_sparsity=config.sparsity,
             achieved_sparsity=allocation.sparsity,

@@ -81,12 +81,12 @@ def test_existing_output_is_refused_and_replaced_only_when_asked(tiny_folder, tm
 
 
 def test_half_precision_stays_half_precision(tiny_folder, tmp_path):
-    pruner = CompPruner.from_pretrained(tiny_folder, dtype=torch.bfloat16)
-    pruner.prune(CompConfig(**CONFIG), tiny_blocks(8, 32))
-    folder = pruner.save_pretrained(tmp_path / "out")
-    assert {p.dtype for p in AutoModelForCausalLM.from_pretrained(folder, dtype="auto").parameters()} == {
-        torch.bfloat16
-    }
+    AutoModelForCausalLM.from_pretrained(tiny_folder).to(torch.bfloat16).save_pretrained(tiny_folder)
+    folder = pruned(tiny_folder).save_pretrained(tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    asked = CompPruner.from_pretrained(tiny_folder, dtype=torch.float32)
+    assert asked.model.dtype == torch.float32
 
 
 def test_sharded_saving(tiny_folder, tmp_path):
