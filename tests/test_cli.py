@@ -137,12 +137,21 @@ def test_nan_weights_name_the_tensor(tmp_path, text):
 
 def test_ctrl_c_leaves_nothing(tiny_folder, tmp_path):
     command = [CLI, "comp", "prune", "--model", tiny_folder, "--num-samples", "4000", tmp_path / "out"]
-    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
-    seen = ""
-    while "Writing calibration text" not in seen:
-        seen += process.stderr.read(1)
-    process.send_signal(signal.SIGINT)
-    _, rest = process.communicate(timeout=120)
+    # A shell that runs the tests in the background has its children ignore SIGINT; a user's terminal doesn't.
+    process = subprocess.Popen(
+        list(map(str, command)),
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        seen = ""
+        while "Writing calibration text" not in seen:
+            seen += process.stderr.read(1)
+        process.send_signal(signal.SIGINT)
+        _, rest = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert process.returncode == 1 and "interrupted; nothing was written." in rest
     assert not [path for path in tmp_path.iterdir() if "out" in path.name]
 
