@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from optimum_comp import CompConfig, CompPruner
 from optimum_comp.calibration import PYDOC, prepare_calibration
+from optimum_comp.configuration import PRESETS
 
 
 BATCH = 8
@@ -38,19 +39,19 @@ def main() -> None:
     parser.add_argument("--num-samples", type=int, default=64)
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--preset", nargs="+", default=list(PRESETS), choices=PRESETS)
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     shape = {"num_samples": args.num_samples, "sequence_length": args.sequence_length}
-    presets = {"comp": {}, "comp, alignment 0": {"alignment": 0.0}, "comp-mask": {}, "fasp": {}}
     print(f"{args.num_samples} x {args.sequence_length} tokens, {torch.get_num_threads()} threads\n")
     print("| preset | one forward pass | prune | ratio |\n| --- | ---: | ---: | ---: |")
-    for name, fields in presets.items():
+    for name in args.preset:
         dense = AutoModelForCausalLM.from_pretrained(args.model).eval()
         pruner = CompPruner.from_pretrained(args.model)
         samples = prepare_calibration(args.text, model=dense, tokenizer=pruner.tokenizer, **shape)
         before = forward_seconds(dense, samples.tokens)
-        config = CompConfig.from_preset(name.partition(",")[0], **shape, **fields)
+        config = CompConfig.from_preset(name, **shape)
         report = pruner.prune(config, samples.tokens, batch_size=BATCH)
         forward = (before + forward_seconds(dense, samples.tokens)) / 2
         print(f"| {name} | {forward:.1f} s | {report.seconds:.1f} s | {report.seconds / forward:.2f} |", flush=True)
