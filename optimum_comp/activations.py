@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
+
+from optimum_comp.sources import ModelSource
 
 
 class _StopForward(Exception):  # noqa: N818 - control flow, never an error that a user sees
@@ -33,79 +35,119 @@ def replaced(root: nn.Module, path: str, module: nn.Module) -> Iterator[None]:
 
 
 class Tap(nn.Module):
-    """Stands in for a dense layer: keeps its inputs and returns zeros.
+    """Stands in for a dense layer: keeps its inputs and returns its bias alone.
 
     In a decoder layer that adds the dense layer's output to its residual stream, what comes out is then the residual
     stream itself, and the dense layer's own product isn't computed in vain.
     """
 
-    def __init__(self, out_features: int):
+    def __init__(self, linear: nn.Linear):
         super().__init__()
-        self.out_features = out_features
+        self.empty = linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
         self.inputs: Tensor | None = None
 
     def forward(self, inputs: Tensor) -> Tensor:
         self.inputs = inputs
-        return inputs.new_zeros(*inputs.shape[:-1], self.out_features)
+        return self.empty.to(inputs).expand(*inputs.shape[:-1], -1)
 
 
 class LayerRunner:
-    """Calls decoder layers with the very arguments that the model itself gives them.
+    """Calls decoder layers one by one with the very arguments that the model itself gives them.
 
-    The arguments (masks, rotary embeddings, positions) are recorded layer by layer during one forward pass over one
-    sample and broadcast over the batch, so no version of transformers is imitated here.
+    The arguments (masks, rotary embeddings, positions) are recorded for each layer during one pass of one sample
+    through the model's own code, in which only the first layer computes; they are broadcast over a batch. So no
+    version of transformers is imitated here, and no other layer's weights have to be there.
 
     Args:
-        model: a causal language model in evaluation mode.
-        layers: its decoder layers.
+        source: the dense model.
         example: one sample, `[1, length]`; all later batches have this length.
 
     Attributes:
-        seconds_per_sample: wall time of that forward pass.
+        seconds_per_layer: wall time of the first layer on that sample.
     """
 
-    def __init__(self, model: nn.Module, layers: nn.ModuleList, example: Tensor):
-        self._model = model
-        self._layers = layers
+    def __init__(self, source: ModelSource, example: Tensor):
+        self._source = source
+        self._model = source.model
         self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self._is_tuple = False
+        self.seconds_per_layer = 0.0
+        with source.outside(), source.layer(0):
+            self._record(example)
 
-        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _record(self, example: Tensor) -> None:
+        first_layer, last = self._source.layers[0], len(self._source.layers) - 1
+        compute = first_layer.forward
+
+        def record(*args: Any, **kwargs: Any) -> Any:
+            hidden, args = (args[0], args[1:]) if args else (kwargs["hidden_states"], args)
             named = {key: value for key, value in kwargs.items() if key != "hidden_states"}
-            self._arguments.append((args[1:], named))
+            number = len(self._arguments)
+            self._arguments.append((args, named))
+            if number == 0:
+                started = time.perf_counter()
+                output = compute(hidden, *args, **named)
+                self.seconds_per_layer = time.perf_counter() - started
+                self._is_tuple = isinstance(output, tuple)
+            if number == last:
+                raise _StopForward
+            return (hidden,) if self._is_tuple else hidden
 
-        hooks = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in layers]
-        started = time.perf_counter()
+        with self._standing_in([record] * (last + 1)), contextlib.suppress(_StopForward):
+            self._model.base_model(input_ids=example, use_cache=False)
+        if len(self._arguments) != last + 1:
+            raise RuntimeError(f"the model called {len(self._arguments)} of its {last + 1} decoder layers.")
+
+    @contextlib.contextmanager
+    def _standing_in(self, forwards: list[Callable[..., Any]]) -> Iterator[None]:
+        """Other functions in place of the decoder layers' `forward`; their other attributes stay readable."""
+        layers = list(self._source.layers)
+        for layer, forward in zip(layers, forwards, strict=True):
+            layer.forward = forward
         try:
-            model(input_ids=example, use_cache=False)
+            yield
         finally:
-            for hook in hooks:
-                hook.remove()
-        self.seconds_per_sample = time.perf_counter() - started
+            for layer in layers:
+                del layer.forward
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """The hidden states that enter the first decoder layer, `[batch, length, hidden]`."""
+        """The hidden states that enter the first decoder layer, `[batch, length, hidden]`.
+
+        To be called inside `source.outside()`.
+        """
         found: list[Tensor] = []
 
-        def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def stop(*args: Any, **kwargs: Any) -> None:
             found.append(args[0] if args else kwargs["hidden_states"])
             raise _StopForward
 
-        hook = self._layers[0].register_forward_pre_hook(stop, with_kwargs=True)
-        try:
-            self._model(input_ids=tokens, use_cache=False)
-        except _StopForward:
-            return found[0]
-        finally:
-            hook.remove()
-        raise RuntimeError("the model never called its first decoder layer.")
+        with self._standing_in([stop] * len(self._arguments)), contextlib.suppress(_StopForward):
+            self._model.base_model(input_ids=tokens, use_cache=False)
+        return found[0]
+
+    def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """What the model makes of hidden states `[batch, length, hidden]` that leave its last decoder layer.
+
+        To be called inside `source.outside(head=True)`.
+
+        Args:
+            tokens: the samples, `[batch, length]`.
+            hidden: their hidden states.
+
+        Returns:
+            `[batch, length, vocabulary]`.
+        """
+
+        def give(*args: Any, **kwargs: Any) -> Any:
+            return (hidden,) if self._is_tuple else hidden
+
+        with self._standing_in([give] * len(self._arguments)):
+            return self._model(input_ids=tokens, use_cache=False).logits
 
     def run(self, index: int, hidden: Tensor) -> Tensor:
-        """Output of decoder layer `index` of the dense model for hidden states `[batch, length, hidden]`."""
-        args, kwargs = self._arguments[index]
-        return first(self._layers[index](hidden, *args, **kwargs))
+        """Output of decoder layer `index` for hidden states `[batch, length, hidden]`.
 
-    def run_all(self, indices: range, hidden: Tensor) -> Tensor:
-        """Output of several decoder layers in a row; `hidden` itself if there are none."""
-        for index in indices:
-            hidden = self.run(index, hidden)
-        return hidden
+        To be called inside `source.layer(index)`.
+        """
+        args, kwargs = self._arguments[index]
+        return first(self._source.layers[index](hidden, *args, **kwargs))

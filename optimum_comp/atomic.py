@@ -1,8 +1,9 @@
-"""Folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,9 @@ from pathlib import Path
 
 
 COMPRESSION_SUMMARY = "comp_compress.json"
+JOURNAL = "comp_journal.json"
+"""While a folder holds it, a pruning run in that folder isn't finished (see `journal`)."""
+
 _MARKERS = ("config.json", COMPRESSION_SUMMARY)
 """A folder is replaced only if it holds one of these: then it is a model, or a compression of ours."""
 
@@ -39,6 +43,12 @@ def check_folder(target: str | Path, *, overwrite: bool = False, sources: Sequen
         raise FileExistsError(f"{shown} is a file; the output has to be a folder.")
     if _is_empty(target):
         return target
+    if (target / JOURNAL).is_file():
+        if overwrite:
+            return target
+        raise FileExistsError(
+            f"{shown} holds an unfinished pruning run. Go on with it: --resume; or start anew: --overwrite."
+        )
     if not overwrite:
         raise FileExistsError(
             f"{shown} exists and isn't empty. Choose another folder, or replace it with --overwrite."
@@ -46,6 +56,19 @@ def check_folder(target: str | Path, *, overwrite: bool = False, sources: Sequen
     if not any((target / marker).is_file() for marker in _MARKERS):
         raise FileExistsError(f"{shown} isn't replaced: without a {_MARKERS[0]} it doesn't look like a model folder.")
     return target
+
+
+def require_finished(folder: str | Path) -> None:
+    """Refuse a folder that an interrupted run has left.
+
+    Raises:
+        ValueError: as said; tells how to go on.
+    """
+    if (Path(folder) / JOURNAL).is_file():
+        raise ValueError(
+            f"{folder} is unfinished: a pruning run was interrupted there. Go on with\n"
+            f"  optimum-cli comp prune --resume {folder}"
+        )
 
 
 @contextlib.contextmanager
@@ -88,13 +111,51 @@ def atomic_folder(
         raise
 
 
+@contextlib.contextmanager
+def durably(path: Path) -> Iterator[Path]:
+    """Write a file so that, even after a power cut, it is there with all that was written, or as it was before.
+
+    Yields:
+        The path to write to. At the end of the block its content is forced to the disk and it takes `path`'s place;
+        it is removed if the block raises.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        sync_file(partial)
+        partial.replace(path)
+        sync_folder(path.parent)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def sync_file(path: Path) -> None:
+    """Force a file's content to the disk."""
+    _sync(path, os.O_RDWR)
+
+
+def sync_folder(folder: Path) -> None:
+    """Force a folder's list of names to the disk; Windows does so by itself."""
+    if os.name != "nt":
+        _sync(folder, os.O_RDONLY)
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _replace(target: Path, partial: Path, old: Path) -> None:
     """Put `partial` where `target` is; `target` comes back if that fails."""
     if not target.exists():
         partial.rename(target)
     elif _is_empty(target):
         # Windows doesn't rename onto a folder, not even an empty one.
-        target.rmdir()
+        shutil.rmtree(target)
         partial.rename(target)
     else:
         target.rename(old)
@@ -107,4 +168,5 @@ def _replace(target: Path, partial: Path, old: Path) -> None:
 
 
 def _is_empty(folder: Path) -> bool:
-    return next(folder.iterdir(), None) is None
+    # Of a journal that a kill has kept from being written, its beginning may be there.
+    return {path.name for path in folder.iterdir()} <= {f".{JOURNAL}.partial"}

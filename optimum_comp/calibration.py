@@ -23,6 +23,7 @@ logger = get_logger(__name__)
 CalibrationSource: TypeAlias = Union[str, Path, Sequence[str], Tensor, "Dataset"]
 
 SELF = "self"
+TOKEN_BLOCKS = "token blocks"
 PYDOC = "pydoc"
 """Python's own documentation, `pydoc_data.topics`: some 460 kB of English prose that every machine has."""
 
@@ -87,7 +88,7 @@ def prepare_calibration(
     if limit is not None and sequence_length > limit:
         raise ValueError(f"sequence_length={sequence_length} is more than the {limit} tokens that the model can read.")
     if isinstance(source, Tensor):
-        return Calibration(_checked_blocks(source, num_samples, sequence_length), "token blocks")
+        return Calibration(_checked_blocks(source, num_samples, sequence_length), TOKEN_BLOCKS)
     if isinstance(source, str) and source == SELF:
         from optimum_comp.self_calibration import write_text
 
@@ -126,13 +127,24 @@ def read_text(source: Any, text_column: str | None = None, needed: int | None = 
         return _joined(read_named_dataset(str(source), text_column, needed), str(source)), str(source)
     if hasattr(source, "column_names"):
         rows = source[_text_column(source.column_names, text_column, "the dataset")]
-        return _joined(rows, "the dataset"), getattr(getattr(source, "info", None), "dataset_name", None) or "dataset"
+        return _joined(rows, "the dataset"), source_name(source)
     if isinstance(source, Sequence) and all(isinstance(item, str) for item in source):
-        return _joined(source, "the list of texts"), "texts"
+        return _joined(source, "the list of texts"), source_name(source)
     raise ValueError(
         f"calibration={type(source).__name__} is not understood: give a file, a dataset's name, a datasets.Dataset, "
         f"a list of str, token blocks, or {SELF!r}."
     )
+
+
+def source_name(source: Any) -> str:
+    """What a source will be called in the report, without reading it."""
+    if isinstance(source, Tensor):
+        return TOKEN_BLOCKS
+    if isinstance(source, (str, Path)):
+        return Path(source).name if Path(source).is_file() else str(source)
+    if hasattr(source, "column_names"):
+        return getattr(getattr(source, "info", None), "dataset_name", None) or "dataset"
+    return "texts"
 
 
 def tokenize(tokenizer: Any, text: str) -> Tensor:

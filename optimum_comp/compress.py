@@ -71,9 +71,10 @@ def compress(
     output: str | Path,
     *,
     config: CompConfig,
-    calibration: CalibrationSource = "self",
+    calibration: CalibrationSource | None = None,
     text_column: str | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
+    max_memory: str | int | None = None,
     recipe: str = "int8",
     settings: Settings | None = None,
     overwrite: bool = False,
@@ -88,6 +89,7 @@ def compress(
         calibration: see `CompPruner.prune`.
         text_column: column of a dataset that holds text.
         batch_size: samples that go through a layer at a time.
+        max_memory: of the pruning; see `CompPruner.prune`.
         recipe: how to quantize.
         settings: what to measure.
         overwrite: replace an earlier result.
@@ -109,7 +111,10 @@ def compress(
 
     with atomic_folder(output, overwrite=overwrite, sources=sources) as folder:
         pruner = CompPruner.from_pretrained(model, **loading)
-        pruning = pruner.prune(config, calibration, text_column=text_column, batch_size=batch_size).summary()
+        # Not in the folder: what an interruption leaves of this chain can't be gone on with.
+        pruning = pruner.prune(
+            config, calibration, text_column=text_column, batch_size=batch_size, max_memory=max_memory
+        ).summary()
         pruner.save_pretrained(folder / PRUNED)
         del pruner
         gc.collect()

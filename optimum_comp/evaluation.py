@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from optimum_comp.atomic import require_finished
 from optimum_comp.calibration import PYDOC, read_text, tokenize
 from optimum_comp.core.layer_scores import next_token_loss
+from optimum_comp.opening import trusted
 from optimum_comp.utils import lookup_arguments, peak_memory_bytes, progress_disabled
 
 
@@ -131,6 +133,7 @@ def load_model(path: str | Path, threads: int | None = None, **kwargs: Any) -> t
 
     Raises:
         OSError: there is no such model.
+        ValueError: an interrupted run has left it unfinished, or its weights are a pickle.
         ImportError: it is an ONNX folder and ONNX Runtime isn't installed.
     """
     if is_onnx_folder(path):
@@ -141,7 +144,7 @@ def load_model(path: str | Path, threads: int | None = None, **kwargs: Any) -> t
 
     if threads is not None:
         torch.set_num_threads(threads)
-    return AutoModelForCausalLM.from_pretrained(path, **kwargs).eval(), "pytorch"
+    return AutoModelForCausalLM.from_pretrained(path, **trusted(path, kwargs)).eval(), "pytorch"
 
 
 def evaluate(path: str | Path, settings: Settings, **kwargs: Any) -> Evaluation:
@@ -159,6 +162,7 @@ def evaluate(path: str | Path, settings: Settings, **kwargs: Any) -> Evaluation:
     """
     from transformers import AutoConfig, AutoTokenizer
 
+    require_finished(path)
     tokens, name = None, None
     if settings.text is not None or settings.prompt is not None:
         tokenizer = AutoTokenizer.from_pretrained(path, **lookup_arguments(kwargs))

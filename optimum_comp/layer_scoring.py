@@ -1,68 +1,96 @@
-"""The coarse step on a real model: every decoder layer's score, from whole forward passes with hooks."""
+"""The coarse step on a real model: every decoder layer's score, with one layer at hand at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from optimum_comp.activations import first
+from optimum_comp.activations import LayerRunner
 from optimum_comp.core.layer_scores import CosineDistance, next_token_loss
+from optimum_comp.distributed import Ranks
+from optimum_comp.sources import ModelSource
+from optimum_comp.states import ActivationStore, rows_of
 from optimum_comp.utils import progress_disabled
 
 
-_LOSS_SAMPLES = 8
-"""The loss metric runs the model once for each layer; on this many samples, to bound its cost."""
+LOSS_SAMPLES = 8
+"""The loss metric carries a stream of hidden states for each layer that is skipped; of this many samples, to bound its
+cost and its memory."""
 
 
-def cosine_scores(model: nn.Module, layers: nn.ModuleList, batches: list[Tensor]) -> list[float]:
-    """`1 − cos(input, output)` of each layer, averaged over tokens, from one forward pass."""
-    distances = [CosineDistance() for _ in layers]
-
-    def observe(distance: CosineDistance) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            distance.update(args[0] if args else kwargs["hidden_states"], first(output))
-
-        return hook
-
-    pairs = zip(layers, distances, strict=True)
-    hooks = [layer.register_forward_hook(observe(distance), with_kwargs=True) for layer, distance in pairs]
-    try:
-        for batch in tqdm(batches, desc="Scoring layers", unit="batch", disable=progress_disabled()):
-            model(input_ids=batch, use_cache=False, logits_to_keep=1)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [distance.value() for distance in distances]
-
-
-def loss_scores(model: nn.Module, layers: nn.ModuleList, batches: list[Tensor]) -> list[float]:
-    """Mean next-token loss (nats) with each layer skipped in turn."""
-    tokens = torch.cat(batches)[:_LOSS_SAMPLES]
-
-    def skip(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-    scores = []
-    for layer in tqdm(layers, desc="Scoring layers", unit="layer", disable=progress_disabled()):
-        hook = layer.register_forward_hook(skip, with_kwargs=True)
-        try:
-            loss, count = 0.0, 0
-            for sample in tokens.split(1):
-                total, predictions = next_token_loss(model(input_ids=sample, use_cache=False).logits, sample)
-                loss, count = loss + total, count + predictions
-        finally:
-            hook.remove()
-        scores.append(loss / count)
-    return scores
+def cosine_scores(
+    source: ModelSource,
+    runner: LayerRunner,
+    tokens: Tensor,
+    batches: list[Tensor],
+    ranks: Ranks,
+    scratch: ActivationStore,
+) -> list[float]:
+    """`1 − cos(input, output)` of each layer, averaged over tokens, from one pass."""
+    rows = rows_of(batches)
+    with source.outside():
+        for part, batch in zip(rows, batches, strict=True):
+            scratch.write(part, runner.embed(batch.to(source.device)))
+    sums = torch.zeros(len(source.layers), 2, dtype=torch.float64)
+    for index in _progress(source, ranks):
+        distance = CosineDistance()
+        with source.layer(index):
+            for part in rows:
+                states = scratch.read(part, source.device, source.compute_dtype)
+                output = runner.run(index, states)
+                distance.update(states, output)
+                scratch.write(part, output)
+        sums[index] = torch.tensor([distance.sum, distance.tokens])
+    ranks.sum_(sums)
+    return (sums[:, 0] / sums[:, 1]).tolist()
 
 
-LAYER_SCORES: dict[str, Callable[[nn.Module, nn.ModuleList, list[Tensor]], list[float]]] = {
+def loss_scores(
+    source: ModelSource,
+    runner: LayerRunner,
+    tokens: Tensor,
+    batches: list[Tensor],
+    ranks: Ranks,
+    scratch: ActivationStore,
+) -> list[float]:
+    """Mean next-token loss (nats) with each layer skipped in turn.
+
+    All variants go through a layer together: the whole model's own hidden states, and a copy for every layer before,
+    which parted from them where that layer was skipped.
+    """
+    mine = tokens[:LOSS_SAMPLES][ranks.rank :: ranks.size].to(source.device)
+    samples = [mine[number : number + 1] for number in range(mine.shape[0])]
+    with source.outside():
+        whole = [runner.embed(sample) for sample in samples]
+    variants: list[list[Tensor]] = []
+    for index in _progress(source, ranks):
+        skipped = list(whole)
+        with source.layer(index):
+            whole = [runner.run(index, states) for states in whole]
+            variants = [[runner.run(index, states) for states in variant] for variant in variants]
+        variants.append(skipped)
+    sums = torch.zeros(len(variants), 2, dtype=torch.float64)
+    with source.outside(head=True):
+        for index, variant in enumerate(variants):
+            for sample, states in zip(samples, variant, strict=True):
+                sums[index] += torch.tensor(next_token_loss(runner.logits(sample, states), sample))
+    ranks.sum_(sums)
+    return (sums[:, 0] / sums[:, 1]).tolist()
+
+
+def _progress(source: ModelSource, ranks: Ranks) -> Iterable[int]:
+    disable = progress_disabled() or not ranks.is_first
+    return tqdm(range(len(source.layers)), desc="Scoring layers", unit="layer", disable=disable)
+
+
+LayerScore = Callable[[ModelSource, LayerRunner, Tensor, list[Tensor], Ranks, ActivationStore], list[float]]
+
+LAYER_SCORES: dict[str, LayerScore] = {
     "cosine": cosine_scores,
     "loss": loss_scores,
 }
-"""`(model, decoder layers, token batches [batch, length]) -> a score a layer`; low scores go first."""
+"""Dense model, runner, all samples `[samples, length]`, this process's batches of them, the processes, and a store of
+hidden states of those batches that may be overwritten -> a score a layer; low ones go first."""

@@ -1,49 +1,50 @@
-"""The story of a pruning run: open, score layers, then per layer observe, decide, repair, pass on; report."""
+"""`CompPruner`: open a model, prune it, save it."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import shutil
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch import nn
 
-from optimum_comp.activations import LayerRunner, Tap, replaced
-from optimum_comp.calibration import Calibration, CalibrationSource, prepare_calibration
+from optimum_comp.activations import LayerRunner
+from optimum_comp.atomic import JOURNAL, atomic_folder, check_folder, require_finished
+from optimum_comp.calibration import SELF, Calibration, CalibrationSource, prepare_calibration, source_name
+from optimum_comp.checkpoint.parts import join_parts
+from optimum_comp.checkpoint.reader import weight_files
 from optimum_comp.checkpoint.tokenizer import has_tokenizer
+from optimum_comp.checkpoint.writer import fill_folder, upload
 from optimum_comp.configuration import FIELDS, CompConfig
 from optimum_comp.core.allocation import Allocation, Shape, allocate
-from optimum_comp.core.gram import GramAccumulator, cross_moment
-from optimum_comp.core.layer_scores import least_important
-from optimum_comp.core.recovery import RECOVERIES, refit, relative_error
-from optimum_comp.core.selection import select_channels
-from optimum_comp.families import apply_to_config, apply_to_layer, family_of, renumber
-from optimum_comp.layer_scoring import LAYER_SCORES
-from optimum_comp.report.run import CompReport, LayerReport, library_versions
-from optimum_comp.utils import format_bytes, get_logger, lookup_arguments, peak_memory_bytes, progress_disabled
+from optimum_comp.distributed import Ranks
+from optimum_comp.engine import Pruned, PruningRun
+from optimum_comp.families import apply_to_config, family_of, renumber
+from optimum_comp.journal import Journal, is_complete
+from optimum_comp.memory import (
+    MemoryPlan,
+    Workload,
+    check_disk,
+    disk_bytes,
+    good_batch_size,
+    parameter_count,
+    parse_bytes,
+    plan_memory,
+    workload_of,
+)
+from optimum_comp.opening import find_device, open_source
+from optimum_comp.report.run import CompReport, library_versions
+from optimum_comp.sources import ModelSource, ResidentModel, StreamedModel, part_name
+from optimum_comp.utils import format_bytes, get_logger, lookup_arguments, peak_memory_bytes
 
 
 logger = get_logger(__name__)
-
-
-@dataclass
-class Observation:
-    """What one decoder layer did on the calibration samples.
-
-    Attributes:
-        residual: hidden states before the FFN's output is added, a tensor `[batch, length, hidden]` a batch.
-        inputs: inputs of the FFN's consumer, a tensor `[..., neurons]` a batch.
-        gram: their Gram matrix, `[neurons, neurons]`, float64.
-    """
-
-    residual: list[Tensor]
-    inputs: list[Tensor]
-    gram: Tensor
 
 
 class CompPruner:
@@ -51,67 +52,98 @@ class CompPruner:
 
     ```python
     pruner = CompPruner.from_pretrained("my-model")
-    pruner.prune(CompConfig(sparsity=0.2), calibration="text.txt")
-    pruner.save_pretrained("my-model-comp20")
+    pruner.prune(CompConfig(sparsity=0.2), calibration="text.txt", output="my-model-comp20")
     ```
 
+    A safetensors checkpoint is never loaded as a whole: one decoder layer at a time is read, pruned, written and
+    dropped. Without `output` the pruned layers wait in a temporary folder for `save_pretrained`.
+
     Attributes:
-        model: the model; pruned in place by `prune`.
-        tokenizer: its tokenizer, or `None`.
+        tokenizer: the model's tokenizer, or `None`.
         report: what `prune` did; `None` before.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any = None, source: str | None = None, **source_arguments: Any):
-        if not getattr(model, "can_generate", lambda: False)():
-            raise ValueError(f"{type(model).__name__} is not a causal language model of transformers.")
-        self.model = model.eval()
+    def __init__(self, source: ModelSource, tokenizer: Any = None, name: str | None = None, **name_arguments: Any):
         self.tokenizer = tokenizer
         self.report: CompReport | None = None
         self.config: CompConfig | None = None
         self._source = source
-        self._source_arguments = source_arguments
-        self._spec = family_of(model.config)
+        self._name = name
+        self._name_arguments = name_arguments
         self._interrupted = False
+        self._ranks = Ranks(source.device)
+        self._folder: Path | None = None
+        self._loaded: Any = None
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
     @classmethod
-    def from_pretrained(cls, model: str | Path | nn.Module, tokenizer: Any = None, **kwargs: Any) -> CompPruner:
-        """Load a model and its tokenizer.
+    def from_pretrained(
+        cls,
+        model: str | Path | nn.Module,
+        tokenizer: Any = None,
+        *,
+        device: str | torch.device | None = None,
+        **kwargs: Any,
+    ) -> CompPruner:
+        """Open a model and its tokenizer; of a safetensors checkpoint, only the headers are read.
 
         Args:
             model: hub id, local folder, or a model that is in memory already (then it is pruned in place).
             tokenizer: a tokenizer, or where to load it from; by default it is looked for beside the model.
-            kwargs: passed on to `AutoModelForCausalLM.from_pretrained` (`dtype`, `gguf_file`, `revision`, `token`,
-                `trust_remote_code`, ...). The checkpoint's own dtype is the default.
+            device: where layers are run, one at a time (`"cuda"`); the processor by default.
+            kwargs: as for `AutoModelForCausalLM.from_pretrained` (`dtype`, `revision`, `token`, `trust_remote_code`,
+                ...); the checkpoint's own dtype is the default. `gguf_file`, `use_safetensors=False` (which trusts a
+                pickle) and what only transformers understands load the whole model into memory.
 
         Raises:
-            ValueError: the model isn't a decoder-only language model of a supported family (said before any weight
-                is read).
+            ValueError: the model isn't a decoder-only language model of a supported family, its weights are a pickle,
+                or its files don't fit together (names file and tensor). Said before any weight is read.
             OSError: there is no such model.
         """
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoTokenizer
 
+        where = find_device(device)
         if isinstance(model, nn.Module):
-            return cls(model, tokenizer)
-        source = str(model)
+            if not getattr(model, "can_generate", lambda: False)():
+                raise ValueError(f"{type(model).__name__} is not a causal language model of transformers.")
+            return cls(ResidentModel(model.eval(), family_of(model.config)), tokenizer)
+        name = str(model)
+        require_finished(name)
         lookup = lookup_arguments(kwargs)
         # The family is checked on the config alone, before gigabytes of weights are read.
-        family_of(kwargs.get("config") or AutoConfig.from_pretrained(source, **lookup))
-        if "gguf_file" not in kwargs:
-            # What is half precision on disk stays it.
-            kwargs.setdefault("dtype", "auto")
-        loaded = AutoModelForCausalLM.from_pretrained(source, **kwargs)
+        config = kwargs.get("config") or AutoConfig.from_pretrained(name, **lookup)
+        family_of(config)
+        if getattr(config, "quantization_config", None) is not None:
+            raise ValueError(f"{name} is quantized already; give the checkpoint that it was made from.")
+        source = open_source(name, config, where, lookup, kwargs)
         if isinstance(tokenizer, (str, Path)):
             tokenizer = AutoTokenizer.from_pretrained(str(tokenizer))
-        elif tokenizer is None and has_tokenizer(source, lookup):
-            tokenizer = AutoTokenizer.from_pretrained(source, **lookup)
+        elif tokenizer is None and has_tokenizer(name, lookup):
+            tokenizer = AutoTokenizer.from_pretrained(name, **lookup)
         elif tokenizer is None:
-            logger.warning("%s has no tokenizer: only token blocks or self-calibration can be used.", source)
-        return cls(loaded, tokenizer, source, **lookup)
+            logger.warning("%s has no tokenizer: only token blocks or self-calibration can be used.", name)
+        return cls(source, tokenizer, name, **lookup)
+
+    @property
+    def model(self) -> Any:
+        """The model: dense before `prune`, pruned afterwards.
+
+        Of a streamed checkpoint, the dense model is a skeleton without weights, and the pruned one is loaded from its
+        folder when it is first asked for.
+        """
+        if self._folder is None:
+            return self._source.model
+        if self._loaded is None:
+            from transformers import AutoModelForCausalLM
+
+            trust = {k: v for k, v in self._name_arguments.items() if k == "trust_remote_code"}
+            self._loaded = AutoModelForCausalLM.from_pretrained(self._folder, dtype="auto", **trust).eval()
+        return self._loaded
 
     @property
     def layers(self) -> nn.ModuleList:
         """The model's decoder layers."""
-        return self._spec.get_layers(self.model)
+        return self._source.spec.get_layers(self.model)
 
     def plan(self, config: CompConfig) -> Allocation:
         """What `prune` would remove, without doing any work.
@@ -119,7 +151,7 @@ class CompPruner:
         Raises:
             ValueError: the requested sparsity can't be reached, or a protected layer doesn't exist.
         """
-        layers, spec = self.layers, self._spec
+        layers, spec = self._source.layers, self._source.spec
         layer = layers[0]
         shape = Shape(
             num_layers=len(layers),
@@ -134,226 +166,347 @@ class CompPruner:
     def prune(
         self,
         config: CompConfig | None = None,
-        calibration: CalibrationSource = "self",
+        calibration: CalibrationSource | None = None,
         *,
+        output: str | Path | None = None,
         text_column: str | None = None,
-        batch_size: int = 8,
+        batch_size: int | None = None,
+        max_memory: str | int | None = None,
+        max_shard_size: int | str = "5GB",
+        overwrite: bool = False,
+        resume: bool = False,
     ) -> CompReport:
-        """Prune the model in place.
+        """Prune the model.
+
+        Started in several processes by `torchrun` or `accelerate launch`, each takes a share of the samples.
 
         Args:
             config: how; the defaults of `CompConfig` if `None`.
             calibration: a text, JSONL, CSV or Parquet file, a dataset's name on the hub (`name`, `name:config` or
                 `name:config:split`), a `datasets.Dataset`, a list of texts, a tensor of token blocks
-                `[samples, length]`, or `"self"` for text that the model writes itself.
+                `[samples, length]`, or `"self"` (the default) for text that the model writes itself, which needs all
+                of it in memory.
+            output: folder to write the pruned model to while it is made. With a safetensors checkpoint, the run can
+                then be gone on with after any interruption.
             text_column: the column of a dataset that holds text, if it isn't `text`.
-            batch_size: samples that go through a layer at a time.
+            batch_size: samples that go through a layer at a time, at most; by default as many as keep the processor
+                busy and no more, since they are what memory goes to in a wide layer.
+            max_memory: what this process may take in all, as `"4GB"` or bytes; past it, work goes to files in the
+                output folder. What is free, if `None`.
+            max_shard_size: of the output's files.
+            overwrite: replace a model that is in `output` already, once the new one is complete.
+            resume: go on with the unfinished run in `output`, if there is one; with its config and calibration text if
+                they aren't given. The result is that of an undisturbed run, byte for byte.
 
         Returns:
             What was done; also kept as `report`.
 
         Raises:
-            ValueError: bad configuration or calibration text, or a weight that is NaN or infinite.
+            ValueError: bad configuration or calibration text, too little memory, a weight that is NaN or infinite, or
+                an unfinished run that was made otherwise.
+            FileExistsError: `output` is there already.
             FloatingPointError: activations that are NaN or infinite; names the layer.
+            OSError: no space left; the run can be gone on with.
         """
-        config = CompConfig() if config is None else CompConfig(**{name: getattr(config, name) for name in FIELDS})
-        if batch_size < 1:
+        if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size={batch_size!r} is not valid: it must be an integer >= 1.")
         if self.report is not None or self._interrupted:
             raise RuntimeError("this model has been pruned already; load it again with CompPruner.from_pretrained.")
+        limit = None if max_memory is None else parse_bytes(max_memory)
+        folder = None if output is None else Path(output)
+        # The first process looks: another may be on a machine that doesn't see the folder.
+        looked = self._unfinished(folder, resume=resume, overwrite=overwrite) if self._ranks.is_first else None
+        unfinished = self._ranks.from_first(looked)
+        if unfinished is not None:
+            config = unfinished.config(config)
+            if unfinished.is_finishing:
+                # All layers are done, and the result has only to be put in its place.
+                if self._ranks.is_first:
+                    unfinished.publish()
+                self._ranks.wait()
+        if folder is not None and resume:
+            complete = self._take_over(folder, config) if self._ranks.is_first and is_complete(folder) else None
+            self.report = self._ranks.from_first(complete)
+            if self.report is not None:
+                self.config, self._folder = config or CompConfig.from_pretrained(folder), folder
+                return self.report
+        config = CompConfig() if config is None else CompConfig(**{name: getattr(config, name) for name in FIELDS})
         allocation = self.plan(config)
-        _require_finite(self.model)
-        samples = prepare_calibration(
-            calibration,
-            model=self.model,
-            tokenizer=self.tokenizer,
-            num_samples=config.num_samples,
-            sequence_length=config.sequence_length,
-            seed=config.seed,
-            text_column=text_column,
-        )
+        self._ranks.require(config.num_samples)
+        work = workload_of(self._source, config, allocation.layers, self._ranks)
+        batch_size = batch_size or good_batch_size(config.sequence_length, self._source.device)
+        # Said now if it can't fit, and once more with what libraries take that are loaded by then.
+        plan_memory(work, batch_size, limit)
         started = time.perf_counter()
+        samples = self._samples(config, calibration, text_column, unfinished)
+        plan = plan_memory(work, batch_size, limit)
+        # The same batches in all processes; and, going on, those that it was begun with: others add up otherwise.
+        batch = plan.batch_size if unfinished is None else unfinished.run["batch_size"]
+        plan = dataclasses.replace(plan, batch_size=self._ranks.from_first(batch))
+        before = parameter_count(self._source.model)
+        neuron = self._source.spec.neuron_parameters(self._source.layers[0])
+        gone = allocation.layers * work.layer_parameters
+        gone += (work.layers - allocation.layers) * (work.width - allocation.width) * neuron
+        disk = disk_bytes(work, plan, before - gone, resumable=folder is not None)
+        if unfinished is None:
+            check_disk(Path(tempfile.gettempdir()) if folder is None else folder, disk)
         self._interrupted = True
-        self.report = self._run(config, allocation, samples, batch_size, started)
-        self.config = config
+        fingerprint = self._ranks.from_first(self._source.check() if self._ranks.is_first else "")
+        journal = self._begin(unfinished, folder, config, samples, plan, fingerprint)
+        place = self._workplace(folder, plan)
+        removable = (allocation.layers, _protected(config, work.layers))
+        run = PruningRun(
+            self._source, config, allocation.width, removable, samples.tokens, plan, self._ranks, place, journal
+        )
+        with contextlib.nullcontext() if journal is None else journal.guard():
+            runner = LayerRunner(self._source, samples.tokens[:1].to(self._source.device))
+            self._announce(config, allocation, work, plan, runner.seconds_per_layer, disk, journal)
+            pruned = run.run(runner)
+            with run.clock("write"):
+                self._shrink(pruned, allocation)
+                self.report = self._report(config, allocation, samples, pruned, before, before - gone)
+                self.config = config
+                self._finish(folder, place, journal, max_shard_size, overwrite=overwrite)
+        self.report.seconds = time.perf_counter() - started
+        self.report.peak_memory_bytes = peak_memory_bytes()
+        self.report.timings = {kind: round(seconds, 3) for kind, seconds in run.clock.seconds.items()}
+        logger.info(
+            f"Peak memory {format_bytes(self.report.peak_memory_bytes)} ({format_bytes(plan.peak_bytes)} expected); "
+            + ", ".join(f"{kind} {seconds:.1f} s" for kind, seconds in self.report.timings.items())
+            + "."
+        )
         self._interrupted = False
         return self.report
 
-    def _run(
-        self, config: CompConfig, allocation: Allocation, samples: Calibration, batch_size: int, started: float
-    ) -> CompReport:
-        model, spec, layers = self.model, self._spec, self.layers
-        parameters = sum(p.numel() for p in model.parameters())
-        device = spec.get_consumer(layers[0]).weight.device
-        batches = [batch.to(device) for batch in samples.tokens.split(batch_size)]
-        runner = LayerRunner(model, layers, batches[0][:1])
-        self._announce(config, allocation, samples, runner.seconds_per_sample)
+    def _unfinished(self, folder: Path | None, *, resume: bool, overwrite: bool) -> Journal | None:
+        """The run to go on with, if there is one; and whether the output folder may be used, said now."""
+        if folder is None:
+            if resume:
+                raise ValueError("resume needs the output folder of the run that is to be gone on with.")
+            return None
+        if resume and (folder / JOURNAL).is_file():
+            journal = Journal.read(folder)
+            return journal if journal.has_begun else None
+        if not (resume and is_complete(folder)):
+            sources = [self._name] if self._name is not None and Path(self._name).exists() else []
+            check_folder(folder, overwrite=overwrite, sources=sources)
+        return None
 
-        removed, layer_scores = self._coarse(config, allocation.layers, batches)
-        kept_layers = [index for index in range(len(layers)) if index not in removed]
-        # Two streams of hidden states: the pruned model's own, and the dense model's, which the repair leans on.
-        hidden = [runner.embed(batch) for batch in batches]
-        additive = self._adds_to_residual(runner, kept_layers[0], hidden[0][:1])
-        aligned = additive and config.alignment > 0 and config.recovery != "none"
-        dense = [runner.run_all(range(kept_layers[0]), batch) for batch in hidden] if aligned else None
-        generator = torch.Generator().manual_seed(config.seed)
+    def _take_over(self, folder: Path, config: CompConfig | None) -> CompReport:
+        """The report of a finished model that is in the output folder already."""
+        stored = CompConfig.from_pretrained(folder)
+        if config is not None and any(getattr(config, name) != getattr(stored, name) for name in FIELDS):
+            raise FileExistsError(f"{folder} holds a finished model that was made otherwise; replace it: --overwrite.")
+        logger.info("%s is complete.", folder)
+        return CompReport.load(folder)
 
-        reports: list[LayerReport] = []
-        progress = tqdm(kept_layers, desc="Pruning", unit="layer", disable=progress_disabled())
-        for index, following in zip(progress, [*kept_layers[1:], len(layers)], strict=True):
-            layer, gap = layers[index], range(index + 1, following)
-            consumer = spec.get_consumer(layer)
-            bridged = bool(gap) and config.bridge and additive
-            with _names_layer(f"{spec.layers}.{index}.{spec.consumer}"):
-                seen = self._observe(runner, index, hidden)
-                weight, cross = self._aim(config, runner, index, gap if bridged else range(0), seen, dense)
-                kept, scores = select_channels(
-                    config.resolved_neuron_metric,
-                    weight,
-                    seen.gram,
-                    allocation.width,
-                    ridge=config.ridge,
-                    block_size=config.elimination_block,
-                    generator=generator,
-                    cross=cross,
+    def _samples(
+        self,
+        config: CompConfig,
+        calibration: CalibrationSource | None,
+        text_column: str | None,
+        journal: Journal | None,
+    ) -> Calibration:
+        if journal is not None:
+            known = journal.run["calibration"]["source"]
+            if calibration is not None and source_name(calibration) != known:
+                raise ValueError(
+                    f"the unfinished run is calibrated on {known!r}, not on {source_name(calibration)!r}; go on with "
+                    "that, or start anew with --overwrite."
                 )
-                repaired = RECOVERIES[config.recovery](weight, seen.gram, kept, config.ridge, cross)
-                for_itself = RECOVERIES[config.recovery](weight, seen.gram, kept, config.ridge, None)
-            if dense is not None and not bridged:
-                dense = [runner.run_all(gap, batch) for batch in dense]
-            reports.append(
-                LayerReport(
-                    index=index,
-                    kept=kept.tolist(),
-                    scores=scores.tolist(),
-                    relative_error=relative_error(weight, for_itself, seen.gram, kept),
-                    bridged=bridged,
-                )
+            tokens = self._ranks.from_first(journal.tokens() if self._ranks.is_first else torch.empty(0))
+            return Calibration(tokens, known)
+        samples = None
+        if self._ranks.is_first:
+            calibration = SELF if calibration is None else calibration
+            writes = isinstance(calibration, str) and calibration == SELF
+            samples = prepare_calibration(
+                calibration,
+                model=self._source.whole() if writes else self._source.model,
+                tokenizer=self.tokenizer,
+                num_samples=config.num_samples,
+                sequence_length=config.sequence_length,
+                seed=config.seed,
+                text_column=text_column,
             )
-            apply_to_layer(spec, layer, kept, repaired)
-            if additive:
-                # Kept columns of the activations that are there already: no second pass through the layer.
-                for number, residual in enumerate(seen.residual):
-                    hidden[number] = residual + consumer(seen.inputs[number][..., kept]).view_as(residual)
-            else:
-                hidden = [runner.run(index, batch) for batch in hidden]
-            progress.set_postfix(error=f"{reports[-1].relative_error:.1%}")
+        shared = self._ranks.from_first(samples)
+        assert shared is not None
+        return shared
 
-        _drop_layers(layers, removed)
-        renumber(spec, layers)
-        apply_to_config(spec, model.config, kept_layers, allocation.width)
+    def _begin(
+        self,
+        unfinished: Journal | None,
+        folder: Path | None,
+        config: CompConfig,
+        samples: Calibration,
+        plan: MemoryPlan,
+        fingerprint: str,
+    ) -> Journal | None:
+        """Start or take up the record of the run, in the first process, if it is one that can be gone on with."""
+        if self._source.is_resident or folder is None:
+            return None
+        here = self._name is not None and Path(self._name).is_dir()
+        arguments = {key: value for key, value in self._name_arguments.items() if key != "token"}
+        if isinstance(self._source, StreamedModel) and self._source.store_dtype is not None:
+            arguments["dtype"] = str(self._source.store_dtype).removeprefix("torch.")
+        run = {
+            "source": str(Path(str(self._name)).resolve()) if here else self._name,
+            "arguments": arguments,
+            "config": {name: getattr(config, name) for name in FIELDS},
+            "weights": fingerprint,
+            "calibration": samples.describe(),
+            "batch_size": plan.batch_size,
+            "processes": self._ranks.size,
+            "device": self._source.device.type,
+            "dtype": str(self._source.state_dtype),
+            "versions": library_versions(),
+        }
+        journal: Journal | None = None
+        if self._ranks.is_first:
+            if unfinished is not None:
+                unfinished.require_same(run)
+                journal = unfinished
+            else:
+                journal = Journal.start(folder)
+                journal.begin(run, samples.tokens)
+        self._ranks.wait()
+        return journal
+
+    def _workplace(self, folder: Path | None, plan: MemoryPlan) -> Path | None:
+        """A folder for parts, hidden states and spilled activations, if the run needs one."""
+        place: Path | None = None
+        if not self._source.is_resident and folder is not None:
+            place = Journal(folder, {}).work
+            place.mkdir(parents=True, exist_ok=True)
+        elif not self._source.is_resident or plan.spill_inputs:
+            self._scratch = tempfile.TemporaryDirectory(prefix="optimum-comp-")
+            place = Path(self._scratch.name)
+        if isinstance(self._source, StreamedModel):
+            self._source.parts = place
+        return place
+
+    def _announce(
+        self,
+        config: CompConfig,
+        allocation: Allocation,
+        work: Workload,
+        plan: MemoryPlan,
+        seconds_per_layer: float,
+        disk: int,
+        journal: Journal | None,
+    ) -> None:
+        if not self._ranks.is_first:
+            return
+        size = min(work.width, 2048)
+        started = time.perf_counter()
+        torch.linalg.cholesky(torch.eye(size, dtype=torch.float64))
+        # Choosing and repairing a layer takes about as long as eight factorisations.
+        solving = 8 * (time.perf_counter() - started) * (work.width / size) ** 3 * work.layers
+        forward = seconds_per_layer * work.layers * work.samples
+        if journal is not None and journal.finished:
+            logger.info("Going on after %d finished layers.", journal.finished)
+        logger.info(
+            f"COMP: {work.layers} layers of {work.width} neurons -> {work.layers - allocation.layers} of "
+            f"{allocation.width} (sparsity {allocation.sparsity:.4f}, {config.sparsity:g} asked). "
+            f"{config.num_samples * config.sequence_length:,} calibration tokens; expected: "
+            f"{format_bytes(plan.peak_bytes)} of memory at the peak, {format_bytes(disk)} on disk, "
+            f"{1.5 * forward + 0.5 * solving:.0f} to {3 * forward + 2 * solving:.0f} s."
+        )
+        if plan.spill_states or plan.spill_inputs:
+            what = "hidden states and activations" if plan.spill_states else "activations"
+            logger.info("Batches of %d samples; %s are kept in files.", plan.batch_size, what)
+
+    def _shrink(self, pruned: Pruned, allocation: Allocation) -> None:
+        """Write the new depth and width into the model's config; of a model in memory, drop the removed layers."""
+        source = self._source
+        if source.is_resident:
+            layers = source.layers
+            for index in sorted(pruned.removed, reverse=True):
+                del layers[index]
+            renumber(source.spec, layers)
+        apply_to_config(source.spec, source.model.config, [layer.index for layer in pruned.layers], allocation.width)
+
+    def _report(
+        self, config: CompConfig, allocation: Allocation, samples: Calibration, pruned: Pruned, before: int, after: int
+    ) -> CompReport:
         return CompReport(
             # A local path says nothing to others and may say too much.
-            source=Path(self._source).name if self._source and Path(self._source).is_dir() else self._source,
-            model_type=spec.model_type,
+            source=Path(self._name).name if self._name and Path(self._name).is_dir() else self._name,
+            model_type=self._source.spec.model_type,
             requested_sparsity=config.sparsity,
             achieved_sparsity=allocation.sparsity,
-            parameters_before=parameters,
-            parameters_after=sum(p.numel() for p in model.parameters()),
-            removed_layers=removed,
-            layer_scores=layer_scores,
+            parameters_before=before,
+            parameters_after=after,
+            removed_layers=pruned.removed,
+            layer_scores=pruned.layer_scores,
             width=allocation.width,
-            layers=reports,
+            layers=pruned.layers,
             calibration=samples.describe(),
-            seconds=time.perf_counter() - started,
-            peak_memory_bytes=peak_memory_bytes(),
             versions=library_versions(),
         )
 
-    def _observe(self, runner: LayerRunner, index: int, hidden: Sequence[Tensor]) -> Observation:
-        """Run one decoder layer with its consumer tapped."""
-        layer = self.layers[index]
-        consumer = self._spec.get_consumer(layer)
-        tap = Tap(consumer.weight.shape[0])
-        gram = GramAccumulator(consumer.weight.shape[1], device=consumer.weight.device)
-        residuals, inputs = [], []
-        with replaced(layer, self._spec.consumer, tap):
-            for batch in hidden:
-                residuals.append(runner.run(index, batch))
-                if tap.inputs is None:
-                    raise RuntimeError(f"layer {index} never called its {self._spec.consumer}.")
-                inputs.append(tap.inputs)
-                gram.update(tap.inputs)
-        return Observation(residuals, inputs, gram.value())
-
-    def _adds_to_residual(self, runner: LayerRunner, index: int, hidden: Tensor) -> bool:
-        """Whether the layer's output is the tapped layer's output plus the consumer's (no norm in between).
-
-        Measured, not declared: OPT-350m differs from its siblings in this by one config field.
-        """
-        dense = runner.run(index, hidden).float()
-        seen = self._observe(runner, index, [hidden])
-        rebuilt = seen.residual[0] + self._spec.get_consumer(self.layers[index])(seen.inputs[0]).view_as(hidden)
-        tolerance = 16 * torch.finfo(hidden.dtype).eps
-        return float((rebuilt.float() - dense).abs().max()) <= tolerance * float(dense.abs().max().clamp_min(1.0))
-
-    def _aim(
+    def _finish(
         self,
-        config: CompConfig,
-        runner: LayerRunner,
-        index: int,
-        gap: range,
-        seen: Observation,
-        dense: list[Tensor] | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """What the repaired consumer is to produce.
-
-        Args:
-            config: how to prune.
-            runner: runs decoder layers.
-            index: the layer that is pruned now.
-            gap: removed layers behind it that it is to stand in for.
-            seen: what it did.
-            dense: the dense model's hidden states that enter the layer, a tensor a batch; replaced by those that
-                leave it (and the gap). `None` if the repair doesn't lean on them.
-
-        Returns:
-            The consumer's weight, with the gap's effect fitted into it, `[d_out, d_in]`, float64; and the cross
-            moment, `[d_out, d_in]`, of the share of the deviation from the dense model that is to be taken back
-            with the consumer's inputs, or `None`.
-        """
-        consumer = self._spec.get_consumer(self.layers[index])
-        weight = consumer.weight.detach().double()
-        if not gap and dense is None:
-            return weight, None
-        over_gap, deviation = torch.zeros_like(weight), torch.zeros_like(weight)
-        for number, (residual, inputs) in enumerate(zip(seen.residual, seen.inputs, strict=True)):
-            own = residual + consumer(inputs).view_as(residual)
-            wanted = runner.run_all(gap, own)
-            if gap:
-                over_gap += cross_moment(wanted - own, inputs)
-            if dense is not None:
-                dense[number] = runner.run_all(gap, runner.run(index, dense[number]))
-                deviation += cross_moment(dense[number] - wanted, inputs)
-        if gap:
-            weight = refit(weight, seen.gram, over_gap, config.ridge)
-        return weight, None if dense is None else config.alignment * deviation
-
-    def _coarse(self, config: CompConfig, count: int, batches: list[Tensor]) -> tuple[list[int], list[float]]:
-        """Which layers go, and every layer's score (empty if none goes)."""
-        if count == 0:
-            return [], []
-        scores = LAYER_SCORES[config.layer_metric](self.model, self.layers, batches)
-        return least_important(scores, count, _protected(config, len(self.layers))), scores
-
-    def _announce(
-        self, config: CompConfig, allocation: Allocation, samples: Calibration, seconds_per_sample: float
+        folder: Path | None,
+        place: Path | None,
+        journal: Journal | None,
+        max_shard_size: int | str,
+        *,
+        overwrite: bool,
     ) -> None:
-        consumer = self._spec.get_consumer(self.layers[0])
-        hidden, width = consumer.weight.shape
-        # Hidden states (own, dense, residual), the FFN's activations, and about six float64 matrices while solving.
-        values = samples.tokens.numel() * (3 * hidden + width) * consumer.weight.element_size() + 6 * 8 * width * width
-        started = time.perf_counter()
-        torch.linalg.cholesky(torch.eye(width, dtype=torch.float64, device=consumer.weight.device))
-        # Choosing and repairing one layer takes about as long as twelve factorisations.
-        solving = 12 * (time.perf_counter() - started) * len(self.layers)
-        forward = seconds_per_sample * samples.tokens.shape[0]
-        logger.info(
-            f"COMP: {len(self.layers)} layers of {width} neurons -> {len(self.layers) - allocation.layers} of "
-            f"{allocation.width} (sparsity {allocation.sparsity:.4f}, {config.sparsity:g} asked). "
-            f"{samples.tokens.numel():,} calibration tokens take about {format_bytes(values)} of memory besides the "
-            f"model and {1.5 * forward + 0.5 * solving:.0f} to {3 * forward + 2 * solving:.0f} s."
+        """Make a model of what the loop left: in the output folder, in a temporary one, or in memory."""
+        if isinstance(self._source, StreamedModel) and place is not None:
+            made = place / "final"
+            if self._ranks.is_first:
+                parts = [place / part_name(number) for number in range(len(self._finished()[0].layers))]
+                parts += self._source.write_outside()
+                shutil.rmtree(made, ignore_errors=True)
+                made.mkdir()
+                self._fill(made, parts, max_shard_size)
+                if journal is not None:
+                    journal.publish()
+                else:
+                    for part in parts:
+                        part.unlink()
+            self._ranks.wait()
+            self._folder = made if folder is None else folder
+            if folder is not None and not self._ranks.is_first:
+                # On a disk of its own, this process leaves nothing.
+                with contextlib.suppress(OSError):
+                    place.rmdir()
+                    folder.rmdir()
+        elif folder is not None:
+            self._save(folder, max_shard_size, overwrite=overwrite)
+
+    def _fill(self, folder: Path, parts: Sequence[Path], max_shard_size: int | str) -> None:
+        report, config = self._finished()
+        model = self._source.model
+
+        def write_model(folder: Path) -> None:
+            if self._source.is_resident:
+                model.save_pretrained(folder, max_shard_size=max_shard_size)
+                return
+            join_parts(parts, folder, max_shard_size)
+            model.config.save_pretrained(folder)
+            if model.generation_config is not None:
+                model.generation_config.save_pretrained(folder)
+
+        fill_folder(
+            folder,
+            write_model=write_model,
+            tokenizer=self.tokenizer,
+            config=config,
+            report=report,
+            source=self._name,
+            source_arguments=self._name_arguments,
         )
+
+    def _save(self, folder: Path, max_shard_size: int | str, *, overwrite: bool) -> None:
+        sources = [Path(self._name)] if self._name and Path(self._name).is_dir() else []
+        if self._ranks.is_first:
+            with atomic_folder(folder, overwrite=overwrite, sources=sources) as partial:
+                self._fill(partial, weight_files(self._folder) if self._folder is not None else [], max_shard_size)
+        self._ranks.wait()
 
     def save_pretrained(
         self,
@@ -367,7 +520,8 @@ class CompPruner:
         """Write a checkpoint that plain transformers reads, its tokenizer, side-cars and a model card.
 
         Args:
-            save_directory: an output folder that doesn't exist yet (or is empty).
+            save_directory: an output folder that doesn't exist yet (or is empty); or `prune`'s own output, where
+                everything is already.
             overwrite: replace an earlier checkpoint in that folder.
             push_to_hub: upload it afterwards.
             repo_id: where to; defaults to the folder's name in your namespace.
@@ -377,24 +531,15 @@ class CompPruner:
             FileExistsError: the folder exists and `overwrite` isn't set.
             RuntimeError: nothing has been pruned, or pruning was interrupted.
         """
-        from optimum_comp.checkpoint import save_checkpoint, upload
-
-        report, config = self._finished()
-        folder = save_checkpoint(
-            Path(save_directory),
-            model=self.model,
-            tokenizer=self.tokenizer,
-            config=config,
-            report=report,
-            source=self._source,
-            source_arguments=self._source_arguments,
-            overwrite=overwrite,
-            max_shard_size=kwargs.pop("max_shard_size", "5GB"),
-        )
-        if push_to_hub:
-            upload(folder, repo_id or folder.name, **kwargs)
-        elif kwargs:
+        self._finished()
+        folder = Path(save_directory)
+        max_shard_size = kwargs.pop("max_shard_size", "5GB")
+        if kwargs and not push_to_hub:
             raise TypeError(f"save_pretrained got arguments it doesn't know: {', '.join(sorted(kwargs))}.")
+        if self._folder is None or folder.resolve() != self._folder.resolve():
+            self._save(folder, max_shard_size, overwrite=overwrite)
+        if push_to_hub and self._ranks.is_first:
+            upload(folder, repo_id or folder.name, **kwargs)
         return folder
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
@@ -404,10 +549,6 @@ class CompPruner:
             repo_id: `namespace/name`, or a name in your namespace.
             kwargs: `token`, `private`, `commit_message`, `revision`, `max_shard_size`.
         """
-        import tempfile
-
-        from optimum_comp.checkpoint import upload
-
         self._finished()
         with tempfile.TemporaryDirectory() as folder:
             shard = {"max_shard_size": kwargs.pop("max_shard_size")} if "max_shard_size" in kwargs else {}
@@ -428,28 +569,3 @@ def _protected(config: CompConfig, num_layers: int) -> set[int]:
                 f"each number must be in [{-num_layers}, {num_layers - 1}]."
             )
     return {index % num_layers for index in config.protected_layers}
-
-
-def _require_finite(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise ValueError(f"{name} holds NaN or infinite weights; the checkpoint is damaged, nothing was pruned.")
-
-
-@contextlib.contextmanager
-def _names_layer(name: str) -> Iterator[None]:
-    """Say in which dense layer the mathematics failed."""
-    try:
-        yield
-    except FloatingPointError as error:
-        raise FloatingPointError(
-            f"{name}: {error} The model's own activations overflow on this text; check the checkpoint and its dtype "
-            "(float16 overflows where float32 and bfloat16 don't)."
-        ) from error
-    except torch.linalg.LinAlgError as error:
-        raise ValueError(f"{name}: its moments can't be inverted; raise the ridge. ({error})") from error
-
-
-def _drop_layers(layers: nn.ModuleList, removed: list[int]) -> None:
-    for index in sorted(removed, reverse=True):
-        del layers[index]

@@ -43,6 +43,8 @@ def test_help_is_fast_and_complete():
     options = run("prune", "--help").stdout
     for option in ("--model", "--sparsity", "--calibration", "--num-samples", "--sequence-length", "--seed"):
         assert option in options
+    for option in ("--max-memory", "--device", "--resume", "--allow-pickle", "--trust-remote-code"):
+        assert option in options
     assert "--overwrite" in options and "--json FILE" in options and "OUTPUT" in options
 
 
@@ -51,7 +53,7 @@ def test_prune(tiny_folder, text, tmp_path):
     arguments = ("prune", "--model", tiny_folder, "--sparsity", 0.3, "--calibration", text, "--seed", 3, *SMALL)
     done = run(*arguments, "--json", numbers, tmp_path / "out")
     assert re.search(r"30\.00% asked: feed-forward width 96 -> \d+", done.stdout)
-    assert "of memory besides the model" in done.stderr and "Pruning" in done.stderr
+    assert "of memory at the peak" in done.stderr and "Peak memory" in done.stderr and "Pruning" in done.stderr
     assert json.loads(numbers.read_text())["achieved_sparsity"] >= 0.3
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.config.intermediate_size < 96
@@ -102,6 +104,11 @@ def test_presets_and_stored_configs(tiny_folder, text, tmp_path):
         (("--protected-layers", "0,9"), "the model has 4 layers"),
         (("--calibration", "missing.txt"), "'missing.txt' does not exist"),
         (("--num-samples", 100000), "num_samples=100000 needs"),
+        (("--max-memory", "much"), "max_memory='much' is not valid: give a size like 4GB"),
+        (("--max-memory", "50MB"), "50.0 MB (max_memory) is too little: this model needs at least"),
+        (("--device", "cuda:99"), "device='cuda:99'"),
+        (("--dtype", "int8"), "dtype='int8' is not valid"),
+        (("--batch-size", 0), "batch_size=0 is not valid"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_leaves_nothing(arguments, message, tiny_folder, text, tmp_path):

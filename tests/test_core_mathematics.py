@@ -20,10 +20,11 @@ from optimum_comp.core.quadratic import (
     importance,
     mask_form,
     mask_gram,
+    solve,
 )
-from optimum_comp.core.recovery import RECOVERIES, relative_error
+from optimum_comp.core.recovery import RECOVERIES, energy, recover, relative_error
 from optimum_comp.core.recovery import refit as refit_layer
-from optimum_comp.core.selection import select_channels
+from optimum_comp.core.selection import reduce_channels
 
 
 RIDGE = 1e-6
@@ -130,7 +131,7 @@ def test_least_squares_recovery_equals_lstsq(kind, keep):
     x, weight, gram, ridge = problem_of(kind)
     kept = torch.randperm(6, generator=generator(keep))[:keep].sort().values
     want, floor = refit(x, weight, kept.tolist(), ridge)
-    got = RECOVERIES["least_squares"](weight, gram, kept, ridge)
+    got = recover("least_squares", weight, gram, kept, ridge)
     assert ridge_error(x, weight, got, kept, ridge) == pytest.approx(floor, rel=1e-6, abs=1e-9)
     if kind == "random":
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-8)
@@ -147,7 +148,7 @@ def ridge_error(x, weight, repaired, kept, ridge) -> float:
 def test_mask_recovery_equals_lstsq_over_masks(kind, keep):
     x, weight, gram, ridge = problem_of(kind)
     kept = torch.randperm(6, generator=generator(keep))[:keep].sort().values
-    got = RECOVERIES["mask"](weight, gram, kept, ridge)
+    got = recover("mask", weight, gram, kept, ridge)
     mask, _ = refit_mask(x, weight, kept.tolist(), ridge)
     want = weight[:, kept] * mask
     torch.testing.assert_close(x[:, kept] @ got.T, x[:, kept] @ want.T, rtol=1e-4, atol=1e-4)
@@ -158,7 +159,7 @@ def test_recoveries_are_ordered_by_their_freedom(kind):
     _, weight, gram, _ = problem_of(kind, seed=5)
     kept = torch.tensor([0, 2, 3])
     errors = [
-        relative_error(weight, RECOVERIES[n](weight, gram, kept, 1e-9), gram, kept)
+        relative_error(weight, recover(n, weight, gram, kept, 1e-9), gram, kept)
         for n in ("least_squares", "mask", "none")
     ]
     assert errors[0] <= errors[1] + 1e-9 and errors[1] <= errors[2] + 1e-9
@@ -167,7 +168,7 @@ def test_recoveries_are_ordered_by_their_freedom(kind):
 def test_relative_error_is_that_of_the_outputs():
     x, weight, gram, ridge = problem_of("random")
     kept = torch.tensor([1, 2, 5])
-    repaired = RECOVERIES["mask"](weight, gram, kept, ridge)
+    repaired = recover("mask", weight, gram, kept, ridge)
     want = (x @ weight.T - x[:, kept] @ repaired.T).square().sum() / (x @ weight.T).square().sum()
     assert relative_error(weight, repaired, gram, kept) == pytest.approx(float(want))
 
@@ -189,9 +190,11 @@ def test_elimination_one_at_a_time_is_exact_greedy(seed, form):
     problem = gram_form(weight, matrix) if form == "gram" else mask_form(weight, matrix)
     for keep in (2, 4):
         want = greedy_by_brute_force(lambda kept: fit(x, weight, kept, ridge)[1], 6, keep)
-        kept, scores = eliminate(problem, keep, block_size=1)
+        kept, scores, target, cost = eliminate(problem, keep, block_size=1)
         assert kept.tolist() == want
         torch.testing.assert_close(scores, importance(problem))
+        torch.testing.assert_close(target, solve(problem, kept))
+        assert cost == pytest.approx(fit(x, weight, want, ridge)[1], rel=1e-6)
 
 
 def test_iterative_removal_keeps_one_of_two_duplicates_and_ranking_once_removes_both():
@@ -219,13 +222,13 @@ def test_any_metric_keeps_as_many_distinct_channels_as_asked(d, data, block, see
     g = generator(seed)
     x = torch.randn(3 * d, d, generator=g, dtype=torch.float64)
     weight = torch.randn(5, d, generator=g)
-    kept, scores = select_channels(
-        metric, weight, x.T @ x, keep, ridge=1e-3, block_size=block, generator=generator(seed)
-    )
-    assert kept.tolist() == sorted(set(kept.tolist())) and len(kept) == keep
-    assert scores.shape == (d,) and bool(torch.isfinite(scores).all())
+    settings = {"ridge": 1e-3, "block_size": block, "generator": generator(seed)}
     for name in RECOVERIES:
-        assert bool(torch.isfinite(RECOVERIES[name](weight, x.T @ x, kept, 1e-3)).all())
+        found = reduce_channels(weight, x.T @ x, keep, metric=metric, recovery=name, **settings)
+        kept, scores = found.kept, found.scores
+        assert kept.tolist() == sorted(set(kept.tolist())) and len(kept) == keep
+        assert scores.shape == (d,) and bool(torch.isfinite(scores).all())
+        assert found.weight.shape == (5, keep) and bool(torch.isfinite(found.weight).all())
 
 
 def test_elimination_beats_wanda_and_random_where_channels_are_collinear():
@@ -237,8 +240,10 @@ def test_elimination_beats_wanda_and_random_where_channels_are_collinear():
     gram = x.T @ x
     errors = {}
     for metric in ("condition_gram", "wanda", "random"):
-        kept, _ = select_channels(metric, weight, gram, 8, ridge=1e-6, block_size=1, generator=generator(0))
-        errors[metric] = relative_error(weight, RECOVERIES["least_squares"](weight, gram, kept, 1e-6), gram, kept)
+        settings = {"ridge": 1e-6, "block_size": 1, "generator": generator(0)}
+        found = reduce_channels(weight, gram, 8, metric=metric, recovery="least_squares", **settings)
+        errors[metric] = relative_error(weight, found.weight, gram, found.kept)
+        assert found.error / energy(weight, gram) == pytest.approx(errors[metric], rel=1e-3, abs=1e-6)
     assert errors["condition_gram"] < 1e-6 < min(errors["wanda"], errors["random"])
 
 
@@ -250,7 +255,7 @@ def test_aiming_the_gram_form_equals_fitting_the_kept_channels_to_the_wanted_out
         refit_layer(weight, gram, cross, 1e-9), torch.linalg.lstsq(x, wanted).solution.T, rtol=1e-5, atol=1e-6
     )
     kept = torch.tensor([0, 3, 4])
-    got = RECOVERIES["least_squares"](weight, gram, kept, 1e-9, cross)
+    got = recover("least_squares", weight, gram, kept, 1e-9, cross)
     torch.testing.assert_close(got, torch.linalg.lstsq(x[:, kept], wanted).solution.T, rtol=1e-5, atol=1e-6)
 
 
@@ -261,8 +266,55 @@ def test_aiming_the_mask_form_equals_the_best_mask_for_the_wanted_outputs():
     kept = torch.tensor([0, 2, 3, 4])
     columns = torch.stack([(x[:, [j]] @ weight[:, [j]].T).flatten() for j in kept.tolist()], dim=1)
     mask = torch.linalg.lstsq(columns, wanted.flatten()[:, None]).solution.flatten()
-    got = RECOVERIES["mask"](weight, gram, kept, 1e-9, cross)
+    got = recover("mask", weight, gram, kept, 1e-9, cross)
     torch.testing.assert_close(got, weight[:, kept] * mask, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("metric", ["condition_gram", "condition_mask", "wanda"])
+@pytest.mark.parametrize("recovery", ["least_squares", "mask"])
+def test_one_elimination_chooses_and_repairs(metric, recovery):
+    x, weight, gram, _ = problem_of("random")
+    wanted = torch.randn(x.shape[0], 4, generator=generator(9), dtype=torch.float64)
+    cross = (wanted - x @ weight.T).T @ x
+    settings = {"metric": metric, "recovery": recovery, "ridge": 1e-3, "block_size": 1, "generator": generator(0)}
+    found = reduce_channels(weight, gram.clone(), 3, cross=cross, **settings)
+    want = recover(recovery, weight, gram, found.kept, 1e-3, cross)
+    torch.testing.assert_close(found.weight, want)
+    # In the memory of the Gram matrix: the same.
+    inplace = reduce_channels(weight, gram.clone(), 3, cross=cross, overwrite=True, **settings)
+    assert torch.equal(inplace.kept, found.kept) and torch.equal(inplace.weight, found.weight)
+
+
+@pytest.mark.parametrize("recovery", ["least_squares", "mask"])
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_a_moment_of_whole_outputs_is_one_of_what_the_own_outputs_lack(recovery, share):
+    x, weight, gram, _ = problem_of("random")
+    wanted = torch.randn(x.shape[0], 4, generator=generator(9), dtype=torch.float64)
+    kept = torch.tensor([0, 2, 3])
+    lack = share * (wanted - x @ weight.T).T @ x
+    whole = share * wanted.T @ x
+    torch.testing.assert_close(
+        recover(recovery, weight, gram, kept, 1e-2, whole, share), recover(recovery, weight, gram, kept, 1e-2, lack)
+    )
+
+
+def test_float32_keeps_what_float64_keeps_where_few_channels_carry_the_energy():
+    g = generator(4)
+    base = torch.randn(3000, 40, generator=g, dtype=torch.float64)
+    x = base @ torch.randn(40, 64, generator=g, dtype=torch.float64) + 0.3 * torch.randn(
+        3000, 64, generator=g, dtype=torch.float64
+    )
+    x[:, 5] *= 3000
+    x[:, 17] *= 300
+    weight = torch.randn(16, 64, generator=g, dtype=torch.float64)
+    settings = {"metric": "condition_gram", "recovery": "least_squares", "ridge": 1e-3, "block_size": 4}
+    found = [
+        reduce_channels(weight.to(dtype), (x.T @ x).to(dtype), 48, generator=g, **settings)
+        for dtype in (torch.float64, torch.float32)
+    ]
+    assert torch.equal(found[0].kept, found[1].kept)
+    errors = [relative_error(weight, each.weight.double(), x.T @ x, each.kept) for each in found]
+    assert errors[1] == pytest.approx(errors[0], rel=1e-2)
 
 
 @given(
@@ -286,12 +338,14 @@ def test_gram_does_not_depend_on_batches_and_blocks(sizes, d, blocks, weighted):
     assert accumulator.tokens == sum(sizes)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])
 def test_gram_refuses_what_is_not_finite(bad):
     x = torch.ones(3, 4)
     x[1, 2] = bad
+    accumulator = GramAccumulator(4)
+    accumulator.update(x)
     with pytest.raises(FloatingPointError):
-        GramAccumulator(4).update(x)
+        accumulator.value()
 
 
 def test_gram_refuses_the_wrong_width():

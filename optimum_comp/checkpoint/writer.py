@@ -3,44 +3,43 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from optimum_comp.atomic import atomic_folder
 from optimum_comp.checkpoint.tokenizer import save_tokenizer
 from optimum_comp.configuration import CompConfig
 from optimum_comp.report.model_card import model_card
 from optimum_comp.report.run import CompReport
 
 
-def save_checkpoint(
+def fill_folder(
     folder: Path,
     *,
-    model: nn.Module,
+    write_model: Callable[[Path], None],
     tokenizer: Any,
     config: CompConfig,
     report: CompReport,
     source: str | None,
     source_arguments: dict[str, Any],
-    overwrite: bool,
-    max_shard_size: int | str,
-) -> Path:
-    """Write weights, config, tokenizer, generation config, side-cars and model card, all or nothing.
+) -> None:
+    """Write weights, config, tokenizer, generation config, side-cars and model card.
 
-    Raises:
-        FileExistsError: the folder exists and isn't to be overwritten.
+    Args:
+        folder: an empty folder.
+        write_model: writes weights, config and generation config into it.
+        tokenizer: saved too; `None` if there is none.
+        config: what was asked.
+        report: what was done.
+        source: folder or hub id of the dense model.
+        source_arguments: how it was found.
     """
-    sources = [Path(source)] if source and Path(source).is_dir() else []
-    with atomic_folder(folder, overwrite=overwrite, sources=sources) as partial:
-        model.save_pretrained(partial, max_shard_size=max_shard_size)  # type: ignore[operator]
-        write_portable_config(partial / "config.json")
-        save_tokenizer(partial, tokenizer, source, source_arguments)
-        config.save_pretrained(partial)
-        report.save(partial)
-        model_card(report, config, base_model=source).save(partial / "README.md")
-    return folder
+    write_model(folder)
+    write_portable_config(folder / "config.json")
+    save_tokenizer(folder, tokenizer, source, source_arguments)
+    config.save_pretrained(folder)
+    report.save(folder)
+    model_card(report, config, base_model=source).save(folder / "README.md")
 
 
 def upload(folder: Path, repo_id: str, **kwargs: Any) -> str:

@@ -20,8 +20,8 @@ class CompSubcommand(BaseOptimumCLICommand):
         _configure_logging(self.args.quiet)
         try:
             self.execute()
-        except KeyboardInterrupt:
-            sys.exit("interrupted; nothing was written.")
+        except KeyboardInterrupt as interrupt:
+            sys.exit(f"interrupted; {interrupt or 'nothing was written.'}")
         except (ValueError, OSError, RuntimeError, ImportError, FloatingPointError) as error:
             if self.args.debug:
                 raise
@@ -49,6 +49,9 @@ def add_loading_arguments(parser: ArgumentParser) -> None:
     group.add_argument(
         "--trust-remote-code", action="store_true", help="Run code that comes with the model. Off by default."
     )
+    group.add_argument(
+        "--allow-pickle", action="store_true", help="Read weights that only come as a pickle. Off by default."
+    )
 
 
 def add_config_arguments(parser: ArgumentParser) -> None:
@@ -60,14 +63,19 @@ def add_config_arguments(parser: ArgumentParser) -> None:
     group.add_argument(
         "--calibration",
         metavar="FILE|DATASET|self",
-        default="self",
         help="Text, JSONL, CSV or Parquet file; dataset as name[:config[:split]];\n"
         "self: text that the model writes; pydoc: Python's documentation [self].",
     )
     group.add_argument("--text-column", help="Column of the dataset that holds text [text].")
     group.add_argument("--num-samples", type=int, help="Calibration samples [64].")
     group.add_argument("--sequence-length", type=int, help="Tokens of a sample [512].")
-    group.add_argument("--batch-size", type=int, default=8, help="Samples that go through a layer at a time [8].")
+    group.add_argument("--batch-size", type=int, help="Samples that go through a layer at a time [about 1024 tokens].")
+    group.add_argument(
+        "--max-memory",
+        metavar="SIZE",
+        help="What the process may take in all, like 4GB; past it, smaller batches\n"
+        "and files are used [what is free].",
+    )
     group.add_argument("--seed", type=int, help="Seed of everything random [0].")
     group.add_argument("--neuron-metric", help="condition, condition_gram, condition_mask, wanda, magnitude, random.")
     group.add_argument("--recovery", help="least_squares, mask or none.")
@@ -81,6 +89,13 @@ def add_config_arguments(parser: ArgumentParser) -> None:
     )
     group.add_argument("--no-bridge", dest="bridge", action="store_false", default=None, help="Don't bridge gaps.")
     group.add_argument("--round-to", type=int, help="The FFN width becomes a multiple of this [32].")
+
+
+def is_configured(args: Any) -> bool:
+    """Whether any option of `add_config_arguments` that makes up the `CompConfig` is given."""
+    from optimum_comp.configuration import FIELDS
+
+    return any(getattr(args, name, None) is not None for name in (*FIELDS, "preset", "config"))
 
 
 def config_from(args: Any) -> Any:
@@ -106,6 +121,8 @@ def loading_arguments(args: Any) -> dict[str, Any]:
     known = {key: value for key, value in given.items() if value is not None}
     if args.trust_remote_code:
         known["trust_remote_code"] = True
+    if args.allow_pickle:
+        known["use_safetensors"] = False
     return known
 
 

@@ -48,6 +48,7 @@ class CompressCommand(CompSubcommand):
             calibration=args.calibration,
             text_column=args.text_column,
             batch_size=args.batch_size,
+            max_memory=args.max_memory,
             recipe=args.recipe,
             settings=settings_from(args, args.text),
             overwrite=args.overwrite,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser
 from pathlib import Path
+from typing import Any
 
 from optimum.commands.base import CommandInfo
 
@@ -13,6 +14,7 @@ from optimum_comp.commands.base import (
     add_config_arguments,
     add_loading_arguments,
     config_from,
+    is_configured,
     loading_arguments,
     write_json,
 )
@@ -26,24 +28,75 @@ class PruneCommand(CompSubcommand):
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         """Declare the options."""
-        parser.add_argument("-m", "--model", required=True, help="Local folder or hub id.")
+        parser.add_argument("-m", "--model", help="Local folder or hub id; not needed with --resume.")
         add_config_arguments(parser)
         add_loading_arguments(parser)
+        parser.add_argument("--device", help="Where layers run, one at a time: cpu, cuda or cuda:N [cpu].")
+        parser.add_argument("--max-shard-size", default="5GB", help="Of the files in OUTPUT [5GB].")
         parser.add_argument("--overwrite", action="store_true", help="Replace a model that is in OUTPUT already.")
+        parser.add_argument(
+            "--resume",
+            action="store_true",
+            help="Go on with the unfinished run in OUTPUT, if there is one; what isn't\n"
+            "given is taken from it. The result is that of an undisturbed run.",
+        )
         add_common_arguments(parser)
         parser.add_argument("output", type=Path, metavar="OUTPUT", help="Output folder.")
 
     def execute(self) -> None:
-        """Check everything that can be checked, then load, prune, save."""
-        from optimum_comp.atomic import check_folder
+        """Check everything that can be checked, then prune."""
+        from optimum_comp.atomic import JOURNAL, check_folder
+        from optimum_comp.journal import Journal, is_complete
         from optimum_comp.pruner import CompPruner
+        from optimum_comp.report.run import CompReport
 
         args = self.args
-        config = config_from(args)
-        sources = [Path(args.model)] if Path(args.model).exists() else []
-        check_folder(args.output, overwrite=args.overwrite, sources=sources)
-        pruner = CompPruner.from_pretrained(args.model, **loading_arguments(args))
-        report = pruner.prune(config, args.calibration, text_column=args.text_column, batch_size=args.batch_size)
-        pruner.save_pretrained(args.output, overwrite=args.overwrite)
-        write_json(args.json, report.summary())
-        print(report.headline(args.output))
+        unfinished = Journal.read(args.output) if args.resume and (args.output / JOURNAL).is_file() else None
+        if unfinished is not None and not unfinished.has_begun:
+            unfinished = None
+        model, loading = args.model, loading_arguments(args)
+        if unfinished is not None:
+            model = model or unfinished.run["source"]
+            loading = {**unfinished.run["arguments"], **loading}
+        if model is None and args.resume and is_complete(args.output):
+            print(CompReport.load(args.output).headline(args.output))
+            return
+        if model is None:
+            raise ValueError(f"--model is missing, and {args.output} holds no unfinished run to take it from.")
+        # What isn't given is as it was when the run began.
+        config = None if unfinished is not None and not is_configured(args) else config_from(args)
+        if not args.resume and _is_first_process():
+            sources = [Path(model)] if Path(model).exists() else []
+            check_folder(args.output, overwrite=args.overwrite, sources=sources)
+        device = args.device or (unfinished.run["device"] if unfinished is not None else None)
+        pruner = CompPruner.from_pretrained(model, device=device, **loading)
+        try:
+            report = pruner.prune(
+                config,
+                args.calibration,
+                output=args.output,
+                text_column=args.text_column,
+                batch_size=args.batch_size,
+                max_memory=args.max_memory,
+                max_shard_size=args.max_shard_size,
+                overwrite=args.overwrite,
+                resume=args.resume,
+            )
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(_what_remains(args.output)) from None
+        if _is_first_process():
+            write_json(args.json, report.summary())
+            print(report.headline(args.output))
+
+
+def _is_first_process() -> bool:
+    import os
+
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _what_remains(output: Path) -> Any:
+    from optimum_comp.atomic import JOURNAL
+    from optimum_comp.journal import Journal
+
+    return Journal.read(output).hint() if (output / JOURNAL).is_file() else ""

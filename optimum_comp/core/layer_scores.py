@@ -9,21 +9,26 @@ from torch import Tensor
 
 
 class CosineDistance:
-    """Streamed mean over tokens of `1 − cos(layer input, layer output)`; small for a layer that hardly acts."""
+    """Streamed mean over tokens of `1 − cos(layer input, layer output)`; small for a layer that hardly acts.
+
+    Attributes:
+        sum: of the distances.
+        tokens: how many.
+    """
 
     def __init__(self) -> None:
-        self._sum = 0.0
-        self._tokens = 0
+        self.sum = 0.0
+        self.tokens = 0
 
     def update(self, inputs: Tensor, outputs: Tensor) -> None:
         """Add a batch of hidden states, both `[..., d]`."""
         similarity = torch.nn.functional.cosine_similarity(inputs.double(), outputs.double(), dim=-1)
-        self._sum += float((1.0 - similarity).sum())
-        self._tokens += similarity.numel()
+        self.sum += float((1.0 - similarity).sum())
+        self.tokens += similarity.numel()
 
     def value(self) -> float:
         """Mean distance, in [0, 2]."""
-        return self._sum / max(self._tokens, 1)
+        return self.sum / max(self.tokens, 1)
 
 
 def next_token_loss(logits: Tensor, tokens: Tensor) -> tuple[float, int]:

@@ -19,6 +19,10 @@ the output lacks with the inputs, the unconstrained optimum moves from `T` to `T
 `T + diag(WᵀC)ᵀ Q⁻¹` (mask form), and all else stays: the residual of a least-squares fit is orthogonal to every
 channel, so fitting kept channels to the new outputs or to that optimum is the same.
 
+All functions work in the dtype of the matrix. `eliminate` scales it to a unit diagonal first: a Cholesky factorisation
+is then about as accurate as the best diagonal scaling allows (van der Sluis, 1969), which is what makes float32 safe
+where a few channels carry nearly all of the energy.
+
 The optimum, its cost and the way both change when a channel goes are those of Optimal Brain Surgeon
 (Hassibi & Stork, 1993). These formulas are this project's derivation; the COMP paper (arXiv 2501.15255) describes
 the steps, not the equations.
@@ -33,10 +37,33 @@ from torch import Tensor
 
 
 class Problem(NamedTuple):
-    """Targets `[rows, d]` and positive definite matrix `[d, d]`, both float64."""
+    """A quadratic problem; all tensors in the matrix's dtype.
+
+    Attributes:
+        target: what to reproduce, `[rows, d]`.
+        matrix: positive definite, `[d, d]`.
+        pull: what moves the unconstrained optimum to `target + pull · matrix⁻¹`, `[rows, d]`; `None` for nothing.
+    """
 
     target: Tensor
     matrix: Tensor
+    pull: Tensor | None = None
+
+
+class Elimination(NamedTuple):
+    """What `eliminate` found.
+
+    Attributes:
+        kept: indices of the channels that stay, ascending, `[keep]`.
+        scores: every channel's `importance` before anything was removed, `[d]`.
+        target: the optimum on the kept channels, `[rows, keep]`: what `solve` would return.
+        cost: squared error that the removal adds, `min_T' Σ_rows (T* − T')ᵀ Q (T* − T')`.
+    """
+
+    kept: Tensor
+    scores: Tensor
+    target: Tensor
+    cost: float
 
 
 def gram_form(weight: Tensor, gram: Tensor, cross: Tensor | None = None) -> Problem:
@@ -47,13 +74,13 @@ def gram_form(weight: Tensor, gram: Tensor, cross: Tensor | None = None) -> Prob
         gram: `[d_in, d_in]`, regularised.
         cross: cross moment `[d_out, d_in]` of what the output lacks with the inputs; `None` for nothing.
     """
-    return Problem(_aimed(weight.double(), gram, cross), gram)
+    return Problem(weight.to(gram.dtype), gram, None if cross is None else cross.to(gram.dtype))
 
 
 def mask_gram(weight: Tensor, gram: Tensor) -> Tensor:
     """`H = G ∘ (WᵀW)`, `[d_in, d_in]`: the quadratic form of the output error in a mask over input channels."""
-    weight = weight.double()
-    return gram * (weight.T @ weight)
+    weight = weight.to(gram.dtype)
+    return (weight.T @ weight).mul_(gram)
 
 
 def mask_form(weight: Tensor, mask_matrix: Tensor, cross: Tensor | None = None) -> Problem:
@@ -64,27 +91,55 @@ def mask_form(weight: Tensor, mask_matrix: Tensor, cross: Tensor | None = None) 
         mask_matrix: `mask_gram`, regularised.
         cross: as for `gram_form`.
     """
-    ones = torch.ones(1, weight.shape[1], dtype=torch.float64, device=weight.device)
-    diagonal = None if cross is None else (weight.double() * cross).sum(0, keepdim=True)
-    return Problem(_aimed(ones, mask_matrix, diagonal), mask_matrix)
+    ones = mask_matrix.new_ones(1, weight.shape[1])
+    diagonal = None if cross is None else (weight.to(ones) * cross.to(ones)).sum(0, keepdim=True)
+    return Problem(ones, mask_matrix, diagonal)
 
 
-def _aimed(target: Tensor, matrix: Tensor, cross: Tensor | None) -> Tensor:
-    if cross is None:
-        return target
-    return target + torch.cholesky_solve(cross.double().T, torch.linalg.cholesky(matrix)).T
+def share_own(problem: Problem, share: float, ridge: float) -> Problem:
+    """For a `pull` whose cross moment is that of whole outputs, and not of what the own ones lack.
+
+    With `C = Σ_t r_t x_tᵀ` of wanted outputs `r`, scaled by a share `α`, what the own outputs lack has the moment
+    `C − α T G`, `G = Q − λ̄I` being the matrix before it was regularised. So `T + (C − α T G) Q⁻¹` is
+    `(1 − α) T + (C + α λ̄ T) Q⁻¹`, and neither the own outputs nor `T G` have to be computed.
+
+    Args:
+        problem: with a `pull`.
+        share: α.
+        ridge: λ̄, what was added to the diagonal.
+    """
+    if problem.pull is None or share == 0:
+        return problem
+    pull = problem.pull.add(problem.target, alpha=share * ridge)
+    return Problem((1 - share) * problem.target, problem.matrix, pull)
 
 
-def inverse(matrix: Tensor) -> Tensor:
-    """Inverse of a symmetric positive definite matrix through its Cholesky factor, float64.
+def optimum(problem: Problem) -> Tensor:
+    """The unconstrained optimum `T* = T + P Q⁻¹`, `[rows, d]`."""
+    if problem.pull is None:
+        return problem.target
+    return problem.target + torch.cholesky_solve(problem.pull.T, torch.linalg.cholesky(problem.matrix)).T
+
+
+def inverse(matrix: Tensor, *, overwrite: bool = False) -> Tensor:
+    """Inverse of a symmetric positive definite matrix through its Cholesky factor.
 
     The inverse itself is needed here, not only its action: its diagonal *is* the metric, and its Schur complement
     updates the metric when channels go.
 
+    Args:
+        matrix: `[d, d]`, contiguous.
+        overwrite: compute it in the matrix's own memory, which for a wide layer is the largest there is.
+
     Raises:
         torch.linalg.LinAlgError: the matrix isn't positive definite (raise the ridge).
     """
-    return torch.cholesky_inverse(torch.linalg.cholesky(matrix))
+    if not overwrite or matrix.device.type != "cpu":
+        return torch.cholesky_inverse(torch.linalg.cholesky(matrix))
+    # LAPACK counts by columns: a transposed view of the symmetric matrix is one that it can work in.
+    columns = matrix.T
+    torch.linalg.cholesky(columns, out=columns)
+    return torch.cholesky_inverse(columns, out=columns)
 
 
 def collinearity(matrix: Tensor) -> Tensor:
@@ -99,60 +154,72 @@ def collinearity(matrix: Tensor) -> Tensor:
 def importance(problem: Problem) -> Tensor:
     """Exact increase of the squared error when one channel goes and the others are re-fitted, `[d]`.
 
-    `I_j = ‖T_:j‖² / [Q⁻¹]_jj = ‖T_:j‖² Q_jj / κ_j²`: energy discounted by the matrix condition.
+    `I_j = ‖T*_:j‖² / [Q⁻¹]_jj = ‖T*_:j‖² Q_jj / κ_j²`: energy discounted by the matrix condition.
     """
-    return problem.target.square().sum(0) / inverse(problem.matrix).diagonal()
+    return optimum(problem).square().sum(0) / inverse(problem.matrix).diagonal()
 
 
 def group_importance(problem: Problem, group: Tensor) -> float:
-    """The same for channels that go together (an attention head): `tr(T_P ([Q⁻¹]_PP)⁻¹ T_Pᵀ)`.
+    """The same for channels that go together (an attention head): `tr(T*_P ([Q⁻¹]_PP)⁻¹ T*_Pᵀ)`.
 
     Args:
         problem: targets and matrix.
         group: indices of the channels, `[p]`.
     """
     block = inverse(problem.matrix)[group][:, group]
-    target = problem.target[:, group]
+    target = optimum(problem)[:, group]
     return float((target.T * torch.cholesky_solve(target.T, torch.linalg.cholesky(block))).sum())
 
 
 def solve(problem: Problem, kept: Tensor) -> Tensor:
-    """The optimum on the kept channels, `T Q_:S (Q_SS)⁻¹`, `[rows, |S|]`."""
+    """The optimum on the kept channels, `T* Q_:S (Q_SS)⁻¹`, `[rows, |S|]`."""
     factor = torch.linalg.cholesky(problem.matrix[kept][:, kept])
-    return torch.cholesky_solve((problem.target @ problem.matrix[:, kept]).T, factor).T
+    wanted = problem.target @ problem.matrix[:, kept]
+    if problem.pull is not None:
+        wanted += problem.pull[:, kept]
+    return torch.cholesky_solve(wanted.T, factor).T
 
 
-def eliminate(problem: Problem, keep: int, block_size: int) -> tuple[Tensor, Tensor]:
+def eliminate(problem: Problem, keep: int, block_size: int, *, overwrite: bool = False) -> Elimination:
     """Remove the least important channels, a block at a time, re-evaluating the others after each block.
 
     After block `B` has gone, `T_q −= T_B ([Q⁻¹]_BB)⁻¹ [Q⁻¹]_Bq` is the re-fitted optimum and the Schur complement
     `[Q⁻¹]_qq − [Q⁻¹]_qB ([Q⁻¹]_BB)⁻¹ [Q⁻¹]_Bq` the inverse of the remaining `Q`. One-shot ranking
-    (`block_size ≥ d − keep`) would remove both of two duplicates; this removes one.
+    (`block_size ≥ d − keep`) would remove both of two duplicates; this removes one. When the last block has gone, the
+    target is the least-squares repair of what is left: nothing has to be solved for again.
 
     Args:
         problem: targets and matrix.
         keep: how many channels stay, `1 ≤ keep ≤ d`.
         block_size: channels removed between two evaluations, ≥ 1.
-
-    Returns:
-        Indices of the kept channels, ascending, `[keep]`; and every channel's `importance` before anything was
-        removed, `[d]`.
+        overwrite: work in the matrix's own memory, and so destroy it: no second `[d, d]` matrix is made.
     """
     size = problem.matrix.shape[0]
     if not 1 <= keep <= size or block_size < 1:
         raise ValueError(f"keep={keep}, block_size={block_size}: need 1 <= keep <= {size} and block_size >= 1.")
-    active = torch.arange(size, device=problem.matrix.device)
-    target, inv = problem.target, inverse(problem.matrix)
-    first = scores = target.square().sum(0) / inv.diagonal()
-    while active.numel() > keep:
-        count = min(block_size, active.numel() - keep)
-        stays = torch.ones_like(active, dtype=torch.bool)
-        stays[torch.topk(scores, count, largest=False).indices] = False
-        goes = ~stays
-        cross = inv[goes][:, stays]
-        transfer = torch.cholesky_solve(cross, torch.linalg.cholesky(inv[goes][:, goes]))
-        target = target[:, stays] - target[:, goes] @ transfer
-        inv = inv[stays][:, stays] - cross.T @ transfer
-        active = active[stays]
-        scores = target.square().sum(0) / inv.diagonal()
-    return active, first
+    scale = problem.matrix.diagonal().rsqrt()
+    inv = problem.matrix if overwrite else problem.matrix.clone()
+    inv = inverse(inv.mul_(scale[:, None]).mul_(scale), overwrite=True)
+    target = problem.target / scale
+    if problem.pull is not None:
+        target.addmm_(problem.pull * scale, inv)
+    gone = torch.zeros(size, dtype=torch.bool, device=inv.device)
+    first: Tensor | None = None
+    cost = 0.0
+    for remaining in range(size, keep, -block_size):
+        # In exact arithmetic the diagonal of the inverse of a matrix with a unit diagonal is at least 1.
+        scores = target.square().sum(0) / inv.diagonal().clamp_min(1)
+        first = scores if first is None else first
+        count = min(block_size, remaining - keep)
+        block = torch.topk(scores.masked_fill(gone, torch.inf), count, largest=False).indices
+        gone[block] = True
+        rows, out = inv[block], target[:, block]
+        factor = torch.linalg.cholesky(rows[:, block])
+        cost += float((out.T * torch.cholesky_solve(out.T, factor)).sum())
+        transfer = torch.cholesky_solve(rows, factor)
+        target.addmm_(out, transfer, alpha=-1)
+        inv.addmm_(rows.T, transfer, alpha=-1)
+    if first is None:
+        first = target.square().sum(0) / inv.diagonal().clamp_min(1)
+    kept = torch.nonzero(~gone).flatten()
+    return Elimination(kept, first, target[:, kept] * scale[kept], cost)

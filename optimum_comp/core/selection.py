@@ -1,19 +1,20 @@
-"""Which input channels of a dense layer stay: the importance metrics, by name."""
+"""Which input channels of a dense layer stay, by which metric, and the layer without the others."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from optimum_comp.core.gram import regularize
-from optimum_comp.core.quadratic import Problem, eliminate, gram_form, mask_form, mask_gram
+from optimum_comp.core.quadratic import eliminate, optimum
+from optimum_comp.core.recovery import FORMS, energy, problem_of, recover
 
 
 def magnitude(weight: Tensor, gram: Tensor, generator: torch.Generator) -> Tensor:
     """Squared norm of each column of `W`, `[d_in]`."""
-    return weight.double().square().sum(0)
+    return weight.square().sum(0)
 
 
 def wanda(weight: Tensor, gram: Tensor, generator: torch.Generator) -> Tensor:
@@ -26,7 +27,7 @@ def wanda(weight: Tensor, gram: Tensor, generator: torch.Generator) -> Tensor:
 
 def random(weight: Tensor, gram: Tensor, generator: torch.Generator) -> Tensor:
     """Uniform scores, `[d_in]`: the floor that any metric has to beat."""
-    return torch.rand(weight.shape[1], generator=generator, dtype=torch.float64).to(weight.device)
+    return torch.rand(weight.shape[1], generator=generator, dtype=torch.float64).to(weight)
 
 
 SCORES: dict[str, Callable[[Tensor, Tensor, torch.Generator], Tensor]] = {
@@ -36,47 +37,79 @@ SCORES: dict[str, Callable[[Tensor, Tensor, torch.Generator], Tensor]] = {
 }
 """Metrics that rank the channels once: `(weight [d_out, d_in], gram [d_in, d_in], generator) -> [d_in]`."""
 
-CONDITION_FORMS = ("condition_gram", "condition_mask")
-"""Metrics that discount energy by the matrix condition and change as channels go."""
+
+@dataclass(frozen=True)
+class Reduction:
+    """A dense layer with fewer input channels.
+
+    Attributes:
+        kept: indices of the channels that stay, ascending, `[keep]`.
+        weight: the repaired weight, `[d_out, keep]`.
+        scores: every channel's score before anything was removed, `[d_in]`.
+        error: squared error that the removal leaves in the output, summed over tokens, compared with what the repair
+            aims at.
+    """
+
+    kept: Tensor
+    weight: Tensor
+    scores: Tensor
+    error: float
 
 
-def condition_problem(metric: str, weight: Tensor, gram: Tensor, ridge: float, cross: Tensor | None = None) -> Problem:
-    """The regularised quadratic problem that a form of the matrix-condition metric stands for."""
-    if metric == "condition_gram":
-        return gram_form(weight, regularize(gram, ridge), cross)
-    if metric == "condition_mask":
-        return mask_form(weight, regularize(mask_gram(weight, gram), ridge), cross)
-    raise ValueError(f"neuron metric {metric!r} has no quadratic form; these have: {', '.join(CONDITION_FORMS)}.")
-
-
-def select_channels(
-    metric: str,
+def reduce_channels(
     weight: Tensor,
     gram: Tensor,
     keep: int,
     *,
+    metric: str,
+    recovery: str,
     ridge: float,
     block_size: int,
     generator: torch.Generator,
     cross: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Choose the input channels that stay.
+    own_share: float = 0.0,
+    overwrite: bool = False,
+) -> Reduction:
+    """Choose the input channels that stay, and repair the dense layer; in the Gram matrix's dtype.
+
+    Where the metric is the form of the matrix condition that the recovery solves, one elimination gives both.
 
     Args:
-        metric: a name in `SCORES` or `CONDITION_FORMS`.
         weight: `[d_out, d_in]` of the consumer.
         gram: `[d_in, d_in]`, not regularised.
         keep: how many stay.
+        metric: a name in `SCORES` or `FORMS`.
+        recovery: a name in `RECOVERIES`.
         ridge: λ of `regularize`.
         block_size: channels removed between two evaluations of a matrix-condition metric; 0 ranks once.
         generator: source of the `random` metric.
-        cross: aims a matrix-condition metric at the outputs that the recovery will aim at.
+        cross: cross moment `[d_out, d_in]` of what the output is to gain with the inputs; `None` for nothing.
+        own_share: how much of the layer's own outputs `cross` holds (see `share_own`).
+        overwrite: the Gram matrix isn't needed any more; then no second one of its size is made where one serves.
 
-    Returns:
-        Kept indices ascending, `[keep]`, and every channel's score before anything was removed, `[d_in]`.
+    Raises:
+        FloatingPointError: the Gram matrix holds NaN or infinity.
+        torch.linalg.LinAlgError: it can't be inverted (raise the ridge).
+        ValueError: no such metric.
     """
+    weight = weight.to(gram.dtype)
+    block_size = block_size or weight.shape[1]
+    if FORMS.get(metric) == recovery:
+        problem = problem_of(metric, weight, gram, ridge, cross, own_share, overwrite=overwrite)
+        found = eliminate(problem, keep, block_size, overwrite=True)
+        repaired = found.target if recovery == "least_squares" else weight[:, found.kept] * found.target
+        return Reduction(found.kept, repaired, found.scores, found.cost)
     if metric in SCORES:
         scores = SCORES[metric](weight, gram, generator)
-        return torch.topk(scores, keep).indices.sort().values, scores
-    problem = condition_problem(metric, weight, gram, ridge, cross)
-    return eliminate(problem, keep, block_size or weight.shape[1])
+        kept = torch.topk(scores, keep).indices.sort().values
+    else:
+        problem = problem_of(metric, weight, gram, ridge, cross, own_share)
+        found = eliminate(problem, keep, block_size, overwrite=True)
+        kept, scores = found.kept, found.scores
+    repaired = recover(recovery, weight, gram, kept, ridge, cross, own_share)
+    aim = weight
+    if cross is not None and recovery != "none":
+        aim = optimum(problem_of("condition_gram", weight, gram, ridge, cross, own_share))
+    difference = aim.clone()
+    difference[:, kept] -= repaired
+    return Reduction(kept, repaired, scores, energy(difference, gram))

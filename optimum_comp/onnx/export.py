@@ -14,7 +14,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from optimum_comp.atomic import atomic_folder
+from optimum_comp.atomic import atomic_folder, require_finished
+from optimum_comp.checkpoint.reader import require_safetensors
 from optimum_comp.onnx.folders import copy_companions, graph_bytes
 from optimum_comp.onnx.noise import without_noise
 from optimum_comp.onnx.runtime import load_onnx, require_onnxruntime
@@ -84,9 +85,11 @@ def export_onnx(
 
 
 def _check_source(source: Path) -> None:
+    require_finished(source)
     path = source / "config.json"
     if not path.is_file():
         raise ValueError(f"{source} is not a model folder: it has no config.json.")
+    require_safetensors(str(source), source)
     config = json.loads(path.read_text(encoding="utf-8"))
     rope = config.get("rope_parameters") or {}
     if "rope_theta" in rope and "rope_theta" not in config and int(transformers.__version__.split(".")[0]) < 5:

@@ -37,7 +37,6 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 | layers removed | {removed} |
 | calibration | {calibration} |
 | largest relative output error of a layer | {worst:.2%} |
-| wall time | {seconds:.0f} s |
 
 `comp_config.json` holds all settings, `comp_report.json` the kept neurons, scores and versions. Nothing was trained;
 measure the result on your own text with `optimum-cli comp eval` before you rely on it.
@@ -80,6 +79,5 @@ def model_card(report: CompReport, config: CompConfig, base_model: str | None) -
         removed=", ".join(map(str, report.removed_layers)) or "none",
         calibration=f"{source['source']}: {source['num_samples']} × {source['sequence_length']} tokens",
         worst=max(layer.relative_error for layer in report.layers),
-        seconds=report.seconds,
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from optimum_comp.utils import format_bytes
 
 
 REPORT_NAME = "comp_report.json"
+_OF_THE_RUN = ("seconds", "peak_memory_bytes", "timings")
 _LIBRARIES = ("optimum-comp", "optimum", "transformers", "torch")
 
 
@@ -25,8 +26,8 @@ class LayerReport:
         index: its place in the dense model.
         kept: neurons that stay, ascending.
         scores: every neuron's importance before anything was removed.
-        relative_error: squared error that the removal leaves in the dense layer's output over the squared output,
-            on the calibration samples, were the layer repaired for itself alone.
+        relative_error: squared error that the removal leaves in the dense layer's output, compared with what the
+            repair aims at, over that error and the repaired output's square: the part that couldn't be kept.
         bridged: whether it stands in for removed layers behind it.
     """
 
@@ -39,7 +40,13 @@ class LayerReport:
 
 @dataclass
 class CompReport:
-    """A pruning run: what was asked, what was done, on which text, with which versions."""
+    """A pruning run: what was asked, what was done, on which text, with which versions.
+
+    Attributes:
+        seconds: wall time; of a run that was gone on with, since then.
+        peak_memory_bytes: largest memory of the process so far.
+        timings: seconds by kind of work.
+    """
 
     source: str | None
     model_type: str
@@ -52,9 +59,10 @@ class CompReport:
     width: int
     layers: list[LayerReport]
     calibration: dict[str, Any]
-    seconds: float
-    peak_memory_bytes: int
     versions: dict[str, str]
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0
+    timings: dict[str, float] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
         """Everything but the per-layer lists."""
@@ -66,13 +74,20 @@ class CompReport:
         return (
             f"{output}: {self.achieved_sparsity:.2%} of the decoder layers removed ({self.requested_sparsity:.2%} "
             f"asked: feed-forward width {len(self.layers[0].scores)} -> {self.width}{removed}), "
-            f"{self.parameters_before:,} -> {self.parameters_after:,} parameters, {self.seconds:.0f} s, peak memory "
-            f"{format_bytes(self.peak_memory_bytes)}"
+            f"{self.parameters_before:,} -> {self.parameters_after:,} parameters"
+            + (f", {self.seconds:.0f} s, peak memory {format_bytes(self.peak_memory_bytes)}" if self.seconds else "")
         )
 
     def save(self, folder: Path) -> None:
-        """Write `comp_report.json` into a folder."""
-        (folder / REPORT_NAME).write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
+        """Write `comp_report.json` into a folder, without what differs from one run to the next of the same."""
+        lasting = {key: value for key, value in dataclasses.asdict(self).items() if key not in _OF_THE_RUN}
+        (folder / REPORT_NAME).write_text(json.dumps(lasting, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> CompReport:
+        """Read what `save` wrote."""
+        data = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))
+        return cls(**{**data, "layers": [LayerReport(**layer) for layer in data["layers"]]})
 
 
 def library_versions() -> dict[str, str]:

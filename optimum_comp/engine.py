@@ -1,0 +1,511 @@
+"""The layer loop: per layer observe, decide, repair, pass on; one layer in memory at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from tqdm.auto import tqdm
+
+from optimum_comp.activations import LayerRunner, Tap, replaced
+from optimum_comp.atomic import durably
+from optimum_comp.configuration import CompConfig
+from optimum_comp.core.gram import GramAccumulator, add_cross_moment
+from optimum_comp.core.layer_scores import least_important
+from optimum_comp.core.recovery import FORMS, refit
+from optimum_comp.core.selection import Reduction, reduce_channels
+from optimum_comp.distributed import Ranks
+from optimum_comp.families import apply_to_layer
+from optimum_comp.journal import Journal
+from optimum_comp.layer_scoring import LAYER_SCORES
+from optimum_comp.memory import MemoryPlan, solve_dtype
+from optimum_comp.report.run import LayerReport
+from optimum_comp.sources import ModelSource
+from optimum_comp.states import ActivationStore, rows_of
+from optimum_comp.utils import progress_disabled, release_free_memory
+
+
+class Stopwatch:
+    """Wall time by kind of work, in seconds."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextlib.contextmanager
+    def __call__(self, kind: str) -> Iterator[None]:
+        """Count the block's time as `kind`, and not as that of a block around it."""
+        started, before = time.perf_counter(), sum(self.seconds.values())
+        try:
+            yield
+        finally:
+            within = sum(self.seconds.values()) - before
+            self.seconds[kind] += time.perf_counter() - started - within
+
+
+@dataclasses.dataclass
+class Pruned:
+    """What the loop found.
+
+    Attributes:
+        removed: whole layers that went.
+        layer_scores: every layer's score; empty if none had to go.
+        layers: a report for each that stayed.
+    """
+
+    removed: list[int]
+    layer_scores: list[float]
+    layers: list[LayerReport]
+
+
+@dataclasses.dataclass
+class Moments:
+    """What a layer's consumer saw on the calibration samples, summed over all processes.
+
+    Attributes:
+        gram: second moments of its inputs, `[width, width]`.
+        cross: cross moment of what its output is to gain with its inputs, `[hidden, width]`, or `None`.
+        own_share: how much of its own outputs `cross` holds (see `quadratic.share_own`).
+        weight: its weight, `[hidden, width]`, with the effect of removed layers behind it fitted in where that has to
+            come before the choice.
+    """
+
+    gram: Tensor
+    cross: Tensor | None
+    own_share: float
+    weight: Tensor
+
+
+class PruningRun:
+    """One run over all layers of a model.
+
+    Args:
+        source: the dense model; takes the pruned layers.
+        config: how to prune.
+        width: neurons of a layer that stay.
+        removable: how many whole layers go, and which may not.
+        tokens: all calibration samples, `[samples, length]`.
+        plan: how the work is cut.
+        ranks: the processes that share it.
+        folder: for files that the work needs; `None` if it needs none.
+        journal: where finished layers are recorded; `None` for a run that can't be gone on with.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        config: CompConfig,
+        width: int,
+        removable: tuple[int, set[int]],
+        tokens: Tensor,
+        plan: MemoryPlan,
+        ranks: Ranks,
+        folder: Path | None,
+        journal: Journal | None,
+    ):
+        self.source, self.config, self.width, self.ranks = source, config, width, ranks
+        self.spec = source.spec
+        self.clock = Stopwatch()
+        self._removable = removable
+        self._tokens = tokens
+        batches, mine = ranks.batches(tokens, plan.batch_size)
+        self._batches = [batches[number] for number in mine]
+        self._rows = rows_of(self._batches)
+        self._plan = plan
+        self._folder = folder
+        self._journal = journal
+        self._stores: list[ActivationStore] = []
+        self._writer = ThreadPoolExecutor(max_workers=1)
+        self._writing: Future[None] | None = None
+        consumer = self.spec.get_consumer(source.layers[0])
+        self._hidden, self._neurons = consumer.weight.shape
+        self._solving = solve_dtype(self._neurons)
+
+    def run(self, runner: LayerRunner) -> Pruned:
+        """Prune every layer that stays, in order.
+
+        Raises:
+            FloatingPointError: activations that are NaN or infinite; names the layer.
+            ValueError: moments that can't be inverted; names the layer.
+            OSError: no space, or another trouble with files.
+        """
+        try:
+            pruned = self._run(runner)
+            self._until_written()
+            return pruned
+        finally:
+            # An interrupted run still gets its last finished layer onto the disk.
+            self._writer.shutdown(wait=True)
+            for store in self._stores:
+                store.close()
+
+    def _run(self, runner: LayerRunner) -> Pruned:
+        own = self._store("own", self._hidden, self._plan.spill_states)
+        done = self._journal.finished if self._journal is not None and self.ranks.is_first else 0
+        done = self.ranks.from_first(done)
+        removed, scores = self._coarse(runner, own)
+        kept_layers = [index for index in range(len(self.source.layers)) if index not in removed]
+        self._embed(runner, own)
+        additive = self._adds_to_residual(runner, kept_layers[0], own)
+        aligned = additive and self.config.alignment > 0 and self.config.recovery != "none"
+        # Two streams of hidden states: the pruned model's own, and the dense model's, which the repair leans on.
+        dense = self._store("dense", self._hidden, self._plan.spill_states) if aligned else None
+        inputs = self._store("inputs", self._neurons, self._plan.spill_inputs) if additive else None
+        if done:
+            self._restore(done, own, dense)
+        else:
+            self._advance(runner, range(kept_layers[0]), own, dense)
+
+        reports = [self._recorded(place) for place in range(done)] if self.ranks.is_first else []
+        progress = tqdm(
+            total=len(kept_layers),
+            initial=done,
+            desc="Pruning",
+            unit="layer",
+            disable=progress_disabled() or not self.ranks.is_first,
+        )
+        with progress:
+            for place in range(done, len(kept_layers)):
+                index, following = kept_layers[place], [*kept_layers[1:], len(self.source.layers)][place]
+                gap = range(index + 1, following)
+                bridged = bool(gap) and self.config.bridge and additive
+                with _names_layer(f"{self.spec.layers}.{index}.{self.spec.consumer}"):
+                    moments = self._observe(
+                        runner, index, gap if bridged else range(0), own, inputs, dense, is_first=index == 0
+                    )
+                    found = self._decide(index, moments)
+                del moments
+                release_free_memory()
+                if dense is not None and not bridged:
+                    self._pass(runner, gap, dense)
+                self._commit(place, index, found)
+                energy = self._update(runner, index, found, own, inputs)
+                error = found.error / (found.error + energy) if found.error > 0 else 0.0
+                report = LayerReport(index, found.kept.tolist(), found.scores.tolist(), error, bridged=bridged)
+                reports.append(report)
+                del found
+                release_free_memory()
+                self._record(place, report, own, dense)
+                progress.set_postfix(error=f"{report.relative_error:.1%}")
+                progress.update()
+        return Pruned(removed, scores, reports)
+
+    def _store(self, name: str, channels: int, spill: bool) -> ActivationStore:
+        file = None
+        if spill and self._folder is not None:
+            file = self._folder / f"spill-{name}-{self.ranks.rank}.bin"
+        samples = sum(map(len, self._batches))
+        store = ActivationStore(samples, self._tokens.shape[1], channels, self.source.state_dtype, file)
+        self._stores.append(store)
+        return store
+
+    def _read(self, store: ActivationStore, rows: slice) -> Tensor:
+        return store.read(rows, self.source.device, self.source.compute_dtype)
+
+    def _embed(self, runner: LayerRunner, own: ActivationStore) -> None:
+        with self.clock("forward"), self.source.outside():
+            for rows, batch in zip(self._rows, self._batches, strict=True):
+                own.write(rows, runner.embed(batch.to(self.source.device)))
+
+    def _coarse(self, runner: LayerRunner, scratch: ActivationStore) -> tuple[list[int], list[float]]:
+        """Which layers go, and every layer's score (empty if none goes)."""
+        count, protected = self._removable
+        if count == 0:
+            return [], []
+        if self._journal is not None and self.ranks.is_first and "removed" in self._journal.state:
+            found = (self._journal.state["removed"], self._journal.state["layer_scores"])
+        else:
+            found = None
+        found = self.ranks.from_first(found)
+        if found is None:
+            with self.clock("forward"):
+                score = LAYER_SCORES[self.config.layer_metric]
+                scores = score(self.source, runner, self._tokens, self._batches, self.ranks, scratch)
+            found = (least_important(scores, count, protected), scores)
+            if self._journal is not None and self.ranks.is_first:
+                self._journal.record(removed=found[0], layer_scores=found[1])
+        return found
+
+    def _advance(
+        self, runner: LayerRunner, indices: range, own: ActivationStore, dense: ActivationStore | None
+    ) -> None:
+        """Start the dense stream where the own one begins, and take it through removed layers at the very front."""
+        if dense is None:
+            return
+        for rows in self._rows:
+            dense.write(rows, own.read(rows, torch.device("cpu"), own.dtype))
+        self._pass(runner, indices, dense)
+
+    def _pass(self, runner: LayerRunner, indices: range, states: ActivationStore) -> None:
+        """Take hidden states through several dense layers."""
+        for index in indices:
+            with self._layer(index), self.clock("forward"):
+                for rows in self._rows:
+                    states.write(rows, runner.run(index, self._read(states, rows)))
+
+    @contextlib.contextmanager
+    def _layer(self, index: int) -> Iterator[torch.nn.Module]:
+        with contextlib.ExitStack() as stack:
+            with self.clock("read"):
+                layer = stack.enter_context(self.source.layer(index))
+            yield layer
+
+    def _adds_to_residual(self, runner: LayerRunner, index: int, own: ActivationStore) -> bool:
+        """Whether the layer's output is the tapped layer's output plus the consumer's (no norm in between).
+
+        Measured, not declared: OPT-350m differs from its siblings in this by one config field.
+        """
+        with self._layer(index) as layer:
+            hidden = self._read(own, slice(0, 1))
+            whole = runner.run(index, hidden)
+            consumer = self.spec.get_consumer(layer)
+            tap = Tap(consumer)
+            with replaced(layer, self.spec.consumer, tap):
+                residual = runner.run(index, hidden)
+            assert tap.inputs is not None
+            rebuilt = residual + functional.linear(tap.inputs, consumer.weight).view_as(residual)
+        tolerance = 16 * torch.finfo(hidden.dtype).eps
+        difference = float((rebuilt.float() - whole.float()).abs().max())
+        return difference <= tolerance * float(whole.float().abs().max().clamp_min(1.0))
+
+    def _observe(
+        self,
+        runner: LayerRunner,
+        index: int,
+        gap: range,
+        own: ActivationStore,
+        inputs: ActivationStore | None,
+        dense: ActivationStore | None,
+        *,
+        is_first: bool,
+    ) -> Moments:
+        """Run a layer with its consumer tapped.
+
+        Afterwards, where the layer adds its consumer's output to the residual stream (`inputs` isn't `None`), `own`
+        holds the residual stream and `inputs` the consumer's inputs; `dense` holds the dense model's hidden states
+        behind the layer and the gap.
+
+        Args:
+            runner: runs decoder layers.
+            index: the layer.
+            gap: removed layers behind it that it is to stand in for.
+            own: the pruned model's hidden states.
+            inputs: where the consumer's inputs go.
+            dense: the dense model's hidden states, or `None` if the repair doesn't lean on them.
+            is_first: whether the layer is the dense model's first.
+        """
+        clock, shape = self.clock, (self._hidden, self._neurons)
+        gram = GramAccumulator(self._neurons, device=self.source.device, dtype=self._solving)
+        cross = None
+        if dense is not None and not is_first and not gap:
+            cross = torch.zeros(shape, dtype=self._solving, device=self.source.device)
+        with self._layer(index) as layer:
+            consumer = self.spec.get_consumer(layer)
+            weight = consumer.weight.detach().clone()
+            tap = Tap(consumer)
+            for rows in self._rows:
+                with clock("forward"), replaced(layer, self.spec.consumer, tap):
+                    residual = runner.run(index, self._read(own, rows))
+                seen = tap.inputs
+                if seen is None:
+                    raise RuntimeError(f"layer {index} never called its {self.spec.consumer}.")
+                with clock("gram"):
+                    gram.update(seen)
+                if inputs is not None:
+                    inputs.write(rows, seen)
+                    own.write(rows, residual)
+                if dense is None:
+                    continue
+                with clock("forward"):
+                    # Before anything is pruned, the dense model's hidden states are the pruned one's.
+                    same = residual + functional.linear(seen, weight).view_as(residual) if is_first else None
+                    wanted = runner.run(index, self._read(dense, rows)) if same is None else same
+                    dense.write(rows, wanted)
+                if cross is not None:
+                    with clock("gram"):
+                        add_cross_moment(cross, wanted - residual, seen)
+            del layer, consumer, tap
+        if not gap or inputs is None:
+            self.ranks.sum_(gram.sum, cross)
+            share = self.config.alignment
+            return Moments(gram.value(), None if cross is None else cross.mul_(share), share, weight)
+        return self._observe_gap(runner, gap, own, inputs, dense, gram, weight)
+
+    def _observe_gap(
+        self,
+        runner: LayerRunner,
+        gap: range,
+        own: ActivationStore,
+        inputs: ActivationStore,
+        dense: ActivationStore | None,
+        gram: GramAccumulator,
+        weight: Tensor,
+    ) -> Moments:
+        """What a consumer's output lacks if it is to do the work of removed layers behind it, too."""
+        over_gap = torch.zeros(weight.shape, dtype=self._solving, device=self.source.device)
+        deviation = torch.zeros_like(over_gap) if dense is not None else None
+        whole = self._store("whole", self._hidden, self._plan.spill_states)
+        for rows in self._rows:
+            whole.write(rows, self._read(own, rows) + functional.linear(self._read(inputs, rows), weight))
+        self._pass(runner, gap, whole)
+        if dense is not None:
+            self._pass(runner, gap, dense)
+        with self.clock("gram"):
+            for rows in self._rows:
+                seen, wanted = self._read(inputs, rows), self._read(whole, rows)
+                before = self._read(own, rows) + functional.linear(seen, weight)
+                add_cross_moment(over_gap, wanted - before, seen)
+                if dense is not None and deviation is not None:
+                    add_cross_moment(deviation, self._read(dense, rows) - wanted, seen)
+        whole.close()
+        self.ranks.sum_(gram.sum, over_gap, deviation)
+        if deviation is not None:
+            deviation.mul_(self.config.alignment)
+        value = gram.value()
+        if FORMS.get(self.config.resolved_neuron_metric) == self.config.recovery == "least_squares":
+            # Both moments pull at the same optimum.
+            return Moments(value, over_gap if deviation is None else over_gap.add_(deviation), 0.0, weight)
+        with self.clock("solve"):
+            return Moments(value, deviation, 0.0, refit(weight, value, over_gap, self.config.ridge))
+
+    def _decide(self, index: int, moments: Moments) -> Reduction:
+        """Choose and repair in the first process; the others take over what it found."""
+        found = None
+        if self.ranks.is_first:
+            with self.clock("solve"):
+                found = reduce_channels(
+                    moments.weight,
+                    moments.gram,
+                    self.width,
+                    metric=self.config.resolved_neuron_metric,
+                    recovery=self.config.recovery,
+                    ridge=self.config.ridge,
+                    block_size=self.config.elimination_block,
+                    # Of the layer alone, so that a run that is gone on with draws what an undisturbed one draws.
+                    generator=torch.Generator().manual_seed(1_000_003 * self.config.seed + index),
+                    cross=moments.cross,
+                    own_share=moments.own_share,
+                    overwrite=True,
+                )
+                # Everything after this sees the weight as it is saved.
+                weight = found.weight.to("cpu", self.source.state_dtype)
+                found = Reduction(found.kept.cpu(), weight, found.scores.cpu(), found.error)
+        shared = self.ranks.from_first(found)
+        assert shared is not None
+        return shared
+
+    def _commit(self, place: int, index: int, found: Reduction) -> None:
+        with self.clock("write"):
+            if self.source.is_resident or self.ranks.is_first:
+                self.source.commit(index, place, found.kept, found.weight)
+
+    def _update(
+        self,
+        runner: LayerRunner,
+        index: int,
+        found: Reduction,
+        own: ActivationStore,
+        inputs: ActivationStore | None,
+    ) -> float:
+        """Bring the hidden states behind the pruned layer; returns the repaired consumer's squared output."""
+        energy = torch.zeros((), dtype=torch.float64, device=self.source.device)
+        kept, weight = found.kept.to(self.source.device), found.weight.to(self.source.device)
+        if inputs is not None:
+            # Kept columns of the activations that are there already: no second pass through the layer.
+            weight = weight.to(self.source.compute_dtype)
+            with self.clock("forward"):
+                for rows in self._rows:
+                    new = functional.linear(self._read(inputs, rows)[..., kept], weight)
+                    energy += new.float().square().sum(dtype=torch.float64)
+                    own.write(rows, self._read(own, rows) + new)
+            self.ranks.sum_(energy)
+            return float(energy)
+        with self._layer(index) as layer, self.clock("forward"):
+            if self.spec.get_consumer(layer).weight.shape[1] != len(kept):
+                apply_to_layer(self.spec, layer, kept, weight)
+            consumer = self.spec.get_consumer(layer)
+
+            def add(module: torch.nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+                nonlocal energy
+                new = output if consumer.bias is None else output - consumer.bias
+                energy += new.float().square().sum(dtype=torch.float64)
+
+            hook = consumer.register_forward_hook(add)
+            for rows in self._rows:
+                own.write(rows, runner.run(index, self._read(own, rows)))
+            hook.remove()
+        self.ranks.sum_(energy)
+        return float(energy)
+
+    def _record(self, place: int, report: LayerReport, own: ActivationStore, dense: ActivationStore | None) -> None:
+        """Make the layer count as finished, if the run is recorded.
+
+        One process alone writes a copy of hidden states that are in memory beside the next layer's work: the disk
+        takes its time. Several have to agree that all have written.
+        """
+        if self._folder is None or not self.ranks.from_first(self._journal is not None):
+            return
+        with self.clock("write"):
+            self._until_written()
+            states = {"own": own} if dense is None else {"own": own, "dense": dense}
+            if self.ranks.size > 1 or self._plan.spill_states:
+                self._write_state(place, report, states)
+            else:
+                copies = {name: store.copy() for name, store in states.items()}
+                self._writing = self._writer.submit(self._write_state, place, report, copies)
+
+    def _until_written(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
+
+    def _write_state(self, place: int, report: LayerReport, states: dict[str, ActivationStore]) -> None:
+        for name, store in states.items():
+            store.save(self._state_file(name, place + 1))
+        self.ranks.wait()
+        if self._journal is not None and self.ranks.is_first:
+            with durably(self._report_file(place)) as partial:
+                partial.write_text(json.dumps(dataclasses.asdict(report)), encoding="utf-8")
+            self._journal.record(finished=place + 1)
+        self.ranks.wait()
+        for name in ("own", "dense"):
+            self._state_file(name, place).unlink(missing_ok=True)
+
+    def _restore(self, done: int, own: ActivationStore, dense: ActivationStore | None) -> None:
+        with self.clock("read"):
+            own.load(self._state_file("own", done))
+            if dense is not None:
+                dense.load(self._state_file("dense", done))
+
+    def _recorded(self, place: int) -> LayerReport:
+        return LayerReport(**json.loads(self._report_file(place).read_text(encoding="utf-8")))
+
+    def _report_file(self, place: int) -> Path:
+        assert self._folder is not None
+        return self._folder / f"layer-{place:05d}.json"
+
+    def _state_file(self, stream: str, finished: int) -> Path:
+        assert self._folder is not None
+        return self._folder / f"{stream}-{self.ranks.rank}-{finished:05d}.bin"
+
+
+@contextlib.contextmanager
+def _names_layer(name: str) -> Iterator[None]:
+    """Say in which dense layer the mathematics failed."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise FloatingPointError(
+            f"{name}: {error} The model's own activations overflow on this text; check the checkpoint and its dtype "
+            "(float16 overflows where float32 and bfloat16 don't)."
+        ) from error
+    except torch.linalg.LinAlgError as error:
+        raise ValueError(f"{name}: its moments can't be inverted; raise the ridge. ({error})") from error

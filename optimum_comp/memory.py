@@ -1,0 +1,251 @@
+"""What a pruning run will need: memory, disk and time, before it starts, and how to stay within a limit."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+import torch
+from torch import nn
+
+from optimum_comp.configuration import CompConfig
+from optimum_comp.distributed import Ranks
+from optimum_comp.layer_scoring import LOSS_SAMPLES
+from optimum_comp.sources import ModelSource
+from optimum_comp.utils import format_bytes
+
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_WIDEST_FLOAT64 = 4096
+_TOKENS_AT_A_TIME = {"cpu": 1024, "cuda": 8192}
+"""With fewer tokens in a batch, matrix products get slow; with more, they get no faster."""
+_SLACK = 64 * 2**20
+"""Allocator, thread stacks, and what libraries load only when they are first used."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The sizes that memory, disk and time follow from.
+
+    Attributes:
+        samples: calibration samples of this process.
+        length: tokens of each.
+        hidden: values of a token between layers.
+        width: neurons of one layer's FFN.
+        layers: decoder layers of the dense model.
+        layer_parameters: parameters of one.
+        outside_parameters: parameters of the embeddings and what else isn't in a layer, without the head.
+        compute: bytes of a value while a layer runs.
+        state: bytes of a value between layers, and on disk.
+        whole_model: bytes of weights that are in memory all the time; 0 where layers are streamed.
+        is_aligned: a second stream of hidden states goes along.
+        has_mask_form: the solves need the mask form's matrices.
+        variants: streams of hidden states of the loss metric, all in memory.
+        variant_samples: samples of each.
+    """
+
+    samples: int
+    length: int
+    hidden: int
+    width: int
+    layers: int
+    layer_parameters: int
+    outside_parameters: int
+    compute: int
+    state: int
+    whole_model: int
+    is_aligned: bool
+    has_mask_form: bool
+    variants: int = 0
+    variant_samples: int = 0
+
+    @property
+    def solve(self) -> int:
+        """Bytes of a value in the solves."""
+        return solve_dtype(self.width).itemsize
+
+    @property
+    def states_bytes(self) -> int:
+        """Both streams of hidden states."""
+        return (1 + self.is_aligned) * self.samples * self.length * self.hidden * self.state
+
+    @property
+    def inputs_bytes(self) -> int:
+        """Inputs of one layer's consumer."""
+        return self.samples * self.length * self.width * self.state
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How the work is cut.
+
+    Attributes:
+        batch_size: samples that go through a layer at a time.
+        spill_inputs: the consumer's inputs are kept in a file.
+        spill_states: the hidden states are kept in files.
+        peak_bytes: expected peak of this process's memory, all included.
+    """
+
+    batch_size: int
+    spill_inputs: bool
+    spill_states: bool
+    peak_bytes: int
+
+
+def workload_of(source: ModelSource, config: CompConfig, removed_layers: int, ranks: Ranks) -> Workload:
+    """The sizes of a model and of what is to be done with it.
+
+    Args:
+        source: the dense model.
+        config: how to prune it.
+        removed_layers: whole layers that go.
+        ranks: the processes that share the samples.
+    """
+    layer = source.layers[0]
+    hidden, width = source.spec.get_consumer(layer).weight.shape
+    embedding, head = source.model.get_input_embeddings().weight, source.model.get_output_embeddings()
+    outside = parameter_count(source.model) - parameter_count(source.layers)
+    if head is not None and head.weight is not embedding:
+        outside -= head.weight.numel()
+    by_loss = removed_layers > 0 and config.layer_metric == "loss"
+    return Workload(
+        samples=ranks.share(config.num_samples),
+        length=config.sequence_length,
+        hidden=hidden,
+        width=width,
+        layers=len(source.layers),
+        layer_parameters=parameter_count(layer),
+        outside_parameters=outside,
+        compute=source.compute_dtype.itemsize,
+        state=source.state_dtype.itemsize,
+        whole_model=parameter_count(source.model) * source.state_dtype.itemsize if source.is_resident else 0,
+        is_aligned=config.alignment > 0 and config.recovery != "none",
+        has_mask_form=config.resolved_neuron_metric == "condition_mask" or config.recovery == "mask",
+        variants=len(source.layers) if by_loss else 0,
+        variant_samples=min(LOSS_SAMPLES, config.num_samples) if by_loss else 0,
+    )
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Parameters, shared ones once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def solve_dtype(width: int) -> torch.dtype:
+    """Float64 where the matrices are small; float32, scaled to a unit diagonal, where they are what memory goes to."""
+    return torch.float64 if width <= _WIDEST_FLOAT64 else torch.float32
+
+
+def plan_memory(work: Workload, batch_size: int, limit: int | None) -> MemoryPlan:
+    """Cut the work so that it fits.
+
+    Args:
+        work: what is to be done.
+        batch_size: the largest that is wanted.
+        limit: bytes that this process may take in all; `None` for what the machine has free now.
+
+    Raises:
+        ValueError: it can't fit; says the least that would do, and what it goes to.
+    """
+    base = psutil.Process().memory_info().rss
+    room = limit if limit is not None else base + int(0.85 * psutil.virtual_memory().available)
+    plans = [predict(work, MemoryPlan(size, *spilled, 0), base) for size, spilled in _cuts(work, batch_size)]
+    for plan in plans:
+        if plan.peak_bytes <= room:
+            return plan
+    least = min(plans, key=lambda plan: plan.peak_bytes)
+    raise ValueError(
+        f"{format_bytes(room)} {'(max_memory)' if limit is not None else 'of free memory'} is too little: this model "
+        f"needs at least {format_bytes(least.peak_bytes)}. Of these, {format_bytes(base)} are Python and its libraries"
+        + (f" with the model ({format_bytes(work.whole_model)})" if work.whole_model else "")
+        + f", {format_bytes(work.layer_parameters * work.compute)} one layer and "
+        f"{format_bytes(work.width**2 * work.solve)} its Gram matrix ({work.width} × {work.width}); samples go "
+        "through one at a time, and what is kept between layers is on disk."
+    )
+
+
+def _cuts(work: Workload, batch_size: int) -> list[tuple[int, tuple[bool, bool]]]:
+    """Batch sizes and what is spilled, the fastest first."""
+    sizes = [batch_size]
+    while sizes[-1] > 1:
+        sizes.append(sizes[-1] // 2)
+    good = [size for size in sizes if size == sizes[0] or size * work.length >= _TOKENS_AT_A_TIME["cpu"]]
+    small = [size for size in sizes if size not in good]
+    return [
+        *((size, (False, False)) for size in good),
+        (good[-1], (True, False)),
+        *((size, (True, True)) for size in [good[-1], *small]),
+    ]
+
+
+def predict(work: Workload, plan: MemoryPlan, base: int) -> MemoryPlan:
+    """The plan with its peak of memory filled in.
+
+    Args:
+        work: what is to be done.
+        plan: how it is cut.
+        base: bytes that the process takes already.
+    """
+    tokens = plan.batch_size * work.length
+    gram = work.width**2 * work.solve
+    weight = work.hidden * work.width * work.solve
+    layer = 0 if work.whole_model else work.layer_parameters * work.compute
+    embedding = 0 if work.whole_model else work.outside_parameters * work.compute
+    # States in memory are there twice while a copy of them is on its way to the disk.
+    kept = (0 if plan.spill_states else 2 * work.states_bytes) + (0 if plan.spill_inputs else work.inputs_bytes)
+    # Inside a layer: some twelve vectors of the hidden size a token, and gate, activation, product and its copy.
+    passing = tokens * work.compute * (12 * work.hidden + 4 * work.width)
+    observing = layer + gram + weight * work.is_aligned + max(passing, gram // 4 if work.solve == 8 else 0)
+    matrices = 3 if work.has_mask_form else 1
+    # The weight, its target, the cross moment, a scaled copy of it, and the repaired weight.
+    solving = matrices * gram + 5 * weight
+    writing = 0 if work.whole_model else work.layer_parameters * work.state
+    variants = work.variants * work.variant_samples * work.length * work.hidden * work.compute
+    # The first layer is there beside the embeddings while the model is asked how it calls its layers.
+    starting = embedding + layer + passing
+    peak = base + _SLACK + kept + max(starting, observing, solving, writing, layer + passing + variants)
+    return replace(plan, peak_bytes=peak)
+
+
+def disk_bytes(work: Workload, plan: MemoryPlan, parameters_after: int, *, resumable: bool) -> int:
+    """Space that the run takes on the disk at its worst, its result included."""
+    if work.whole_model:
+        return plan.spill_inputs * work.inputs_bytes + plan.spill_states * work.states_bytes
+    spilled = plan.spill_inputs * work.inputs_bytes + plan.spill_states * work.states_bytes
+    # Layer by layer, and once more while the shards are put together.
+    return 2 * parameters_after * work.state + spilled + (2 * work.states_bytes if resumable else 0)
+
+
+def good_batch_size(length: int, device: torch.device) -> int:
+    """Samples of so many tokens that are best taken through a layer at a time."""
+    return max(1, _TOKENS_AT_A_TIME[device.type] // length)
+
+
+def check_disk(folder: Path, needed: int) -> None:
+    """Refuse work that the disk can't hold.
+
+    Raises:
+        OSError: too little space; says how much is missing.
+    """
+    folder = folder.resolve()
+    there = next(each for each in (folder, *folder.parents) if each.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise OSError(
+            f"the run needs {format_bytes(needed)} of disk space at {folder}, and {format_bytes(free)} are free."
+        )
+
+
+def parse_bytes(text: str | int) -> int:
+    """`"4GB"`, `"1.5GiB"`, `"800 MB"` or a number of bytes.
+
+    Raises:
+        ValueError: anything else, or nothing.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", str(text).lower())
+    if not found or found[2] not in _UNITS or float(found[1]) <= 0:
+        raise ValueError(f"max_memory={text!r} is not valid: give a size like 4GB or 1.5GiB.")
+    return int(float(found[1]) * _UNITS[found[2]])

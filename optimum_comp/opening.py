@@ -1,0 +1,125 @@
+"""Opening a model: as a stream of decoder layers from safetensors files, or as a whole in memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from optimum_comp.atomic import require_finished
+from optimum_comp.checkpoint.reader import Checkpoint, require_safetensors, resolve_folder, weight_files
+from optimum_comp.families import family_of
+from optimum_comp.sources import ModelSource, ResidentModel, StreamedModel, empty_model
+from optimum_comp.utils import get_logger
+
+
+logger = get_logger(__name__)
+
+_STREAMABLE = {"dtype", "torch_dtype", "attn_implementation", "config", "use_safetensors"}
+"""Arguments of `from_pretrained`, beside those that say where the model is, that a skeleton can be made with."""
+
+
+def open_source(
+    name: str, config: Any, device: torch.device, lookup: dict[str, Any], kwargs: dict[str, Any]
+) -> ModelSource:
+    """A dense model by its name.
+
+    Args:
+        name: hub id or local folder.
+        config: its config.
+        device: where layers are to run.
+        lookup: those of `kwargs` that say where the model is.
+        kwargs: as for `AutoModelForCausalLM.from_pretrained`.
+
+    Raises:
+        ValueError: its weights are a pickle, or its files don't fit together; names file and tensor.
+        OSError: there are no weights.
+    """
+    from transformers import AutoModelForCausalLM
+
+    spec = family_of(config)
+    trusts_pickle = kwargs.get("use_safetensors") is False
+    beyond = sorted(set(kwargs) - set(lookup) - _STREAMABLE)
+    folder = None if "gguf_file" in kwargs else resolve_folder(name, lookup)
+    if folder is not None and not (trusts_pickle and not weight_files(folder)):
+        require_safetensors(name, folder)
+        if not beyond:
+            return _streamed(folder, config, device, kwargs)
+    if beyond:
+        logger.info("The whole model is loaded into memory (because of %s).", ", ".join(beyond))
+    arguments = dict(kwargs)
+    if "gguf_file" not in kwargs:
+        # What is half precision on disk stays it.
+        arguments.setdefault("dtype", "auto")
+        arguments["use_safetensors"] = not trusts_pickle or None
+    return ResidentModel(AutoModelForCausalLM.from_pretrained(name, **arguments).to(device).eval(), spec)
+
+
+def trusted(name: str | Path, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with which transformers may load a whole model.
+
+    Raises:
+        ValueError: the folder is an unfinished run's, or its weights are a pickle and `use_safetensors=False` isn't
+            given.
+    """
+    require_finished(name)
+    if "gguf_file" in kwargs or kwargs.get("use_safetensors") is False:
+        return kwargs
+    if Path(name).is_dir():
+        require_safetensors(str(name), Path(name) / kwargs.get("subfolder", ""))
+    return {**kwargs, "use_safetensors": True}
+
+
+def _streamed(folder: Path, config: Any, device: torch.device, kwargs: dict[str, Any]) -> StreamedModel:
+    from transformers import GenerationConfig
+
+    spec = family_of(config)
+    checkpoint = Checkpoint.open(folder)
+    asked = _dtype(kwargs.get("dtype", kwargs.get("torch_dtype")))
+    sizes: Counter[torch.dtype] = Counter()
+    for stored in checkpoint.tensors.values():
+        sizes[stored.dtype] += stored.num_bytes
+    dtype = asked or sizes.most_common(1)[0][0]
+    arguments = {key: kwargs[key] for key in ("trust_remote_code", "attn_implementation") if key in kwargs}
+    skeleton = empty_model(config, dtype, **arguments)
+    skeleton.config.dtype = dtype
+    skeleton.config.architectures = [type(skeleton).__name__]
+    if (folder / "generation_config.json").is_file():
+        skeleton.generation_config = GenerationConfig.from_pretrained(folder)
+    return StreamedModel(skeleton, spec, checkpoint, device, asked)
+
+
+def _dtype(given: Any) -> torch.dtype | None:
+    """A dtype by name; `None` for `"auto"`.
+
+    Raises:
+        ValueError: there is none of that name, or it isn't of floating point.
+    """
+    if given is None or given == "auto":
+        return None
+    found = getattr(torch, given.removeprefix("torch."), None) if isinstance(given, str) else given
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype={given!r} is not valid: it must be auto, float32, bfloat16 or float16.")
+    return found
+
+
+def find_device(given: str | torch.device | None) -> torch.device:
+    """A device by name; the processor for `None`.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    try:
+        device = torch.device("cpu" if given is None else given)
+    except RuntimeError as error:
+        raise ValueError(f"device={given!r} is not valid: give cpu, cuda or cuda:N.") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device={given!r}: torch sees no CUDA device here; leave --device away to use the CPU.")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(f"device={given!r}: there are {torch.cuda.device_count()} CUDA devices here.")
+    elif device.type != "cpu":
+        raise ValueError(f"device={given!r} is not valid: layers run on cpu or cuda.")
+    return device

@@ -1,0 +1,308 @@
+"""Where decoder layers come from and where pruned ones go: a model in memory, or a checkpoint on disk."""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optimum_comp.checkpoint.parts import write_part
+from optimum_comp.checkpoint.reader import Checkpoint
+from optimum_comp.families import FamilySpec, apply_to_layer
+from optimum_comp.utils import get_logger
+
+
+logger = get_logger(__name__)
+
+
+class ModelSource(ABC):
+    """A dense model, one decoder layer of which is at hand at a time.
+
+    Attributes:
+        model: the model; its weights may be on the meta device.
+        spec: its family.
+        device: where layers are run.
+        compute_dtype: in which they are run.
+        state_dtype: in which hidden states are kept between layers.
+        is_resident: whether all weights are in memory. Then each of several processes that work together has a copy
+            and has to `commit`; else only the first writes.
+    """
+
+    model: Any
+    device: torch.device
+    compute_dtype: torch.dtype
+    state_dtype: torch.dtype
+    is_resident: bool
+
+    def __init__(self, spec: FamilySpec):
+        self.spec = spec
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The dense model's decoder layers."""
+        return self.spec.get_layers(self.model)
+
+    @abstractmethod
+    def outside(self, *, head: bool = False) -> contextlib.AbstractContextManager[None]:
+        """What isn't in a decoder layer (embeddings; the language-model head if asked for) is at hand meanwhile."""
+
+    @abstractmethod
+    def layer(self, index: int) -> contextlib.AbstractContextManager[nn.Module]:
+        """A decoder layer of the dense model, at hand meanwhile."""
+
+    @abstractmethod
+    def commit(self, index: int, place: int, kept: Tensor, weight: Tensor) -> None:
+        """Take a layer's pruned form.
+
+        Args:
+            index: the layer's place in the dense model.
+            place: its place in the pruned one.
+            kept: neurons that stay, ascending, `[k]`.
+            weight: repaired weight of the consumer, `[d_out, k]`.
+        """
+
+    @abstractmethod
+    def whole(self) -> Any:
+        """The dense model with all its weights, for what can't be done a layer at a time."""
+
+    @abstractmethod
+    def check(self) -> str:
+        """Look at every weight.
+
+        Returns:
+            A fingerprint of the weights; empty where there is none.
+
+        Raises:
+            ValueError: a weight is NaN or infinite; names it.
+        """
+
+
+class ResidentModel(ModelSource):
+    """A model that is in memory; pruned in place.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        spec: its family.
+    """
+
+    is_resident = True
+
+    def __init__(self, model: Any, spec: FamilySpec):
+        super().__init__(spec)
+        self.model = model
+        weight = spec.get_consumer(self.layers[0]).weight
+        self.device, self.state_dtype = weight.device, weight.dtype
+        self.compute_dtype = compute_dtype(weight.dtype, weight.device)
+
+    @contextlib.contextmanager
+    def outside(self, *, head: bool = False) -> Iterator[None]:
+        inside = {id(parameter) for parameter in self.layers.parameters()}
+        with _in_dtype([p for p in self.model.parameters() if id(p) not in inside], self.compute_dtype):
+            yield
+
+    @contextlib.contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        layer = self.layers[index]
+        with _in_dtype(list(layer.parameters()), self.compute_dtype):
+            yield layer
+
+    def commit(self, index: int, place: int, kept: Tensor, weight: Tensor) -> None:
+        apply_to_layer(self.spec, self.layers[index], kept, weight)
+
+    def whole(self) -> Any:
+        return self.model
+
+    def check(self) -> str:
+        for name, parameter in self.model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise ValueError(
+                    f"{name} holds NaN or infinite weights; the checkpoint is damaged, nothing was pruned."
+                )
+        return ""
+
+
+class StreamedModel(ModelSource):
+    """A checkpoint on disk: the model is a skeleton on the meta device, and a layer is read when its turn comes.
+
+    Args:
+        skeleton: the model without weights (see `empty_model`).
+        spec: its family.
+        checkpoint: its weights.
+        device: where layers are run.
+        store_dtype: of the pruned weights; each keeps its own if `None`.
+
+    Attributes:
+        parts: folder that pruned layers are written to; set before the first `commit`.
+
+    Raises:
+        ValueError: a weight is missing or has another shape than the config says; names file and tensor.
+    """
+
+    is_resident = False
+
+    def __init__(
+        self,
+        skeleton: Any,
+        spec: FamilySpec,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        store_dtype: torch.dtype | None = None,
+    ):
+        super().__init__(spec)
+        self.store_dtype = store_dtype
+        self.model = skeleton
+        self.device = device
+        self.state_dtype = skeleton.dtype
+        self.compute_dtype = compute_dtype(skeleton.dtype, device)
+        self.checkpoint = checkpoint
+        self.parts: Path | None = None
+        self.names = _stored_names(skeleton, checkpoint)
+
+    def outside_names(self) -> list[str]:
+        """Names of the weights that aren't in a decoder layer, as the model has them."""
+        prefix = f"{self.spec.layers}."
+        return [name for name in self.names if not name.startswith(prefix)]
+
+    @contextlib.contextmanager
+    def outside(self, *, head: bool = False) -> Iterator[None]:
+        wanted = set(self.outside_names())
+        embedding = self.model.get_input_embeddings().weight
+        output = self.model.get_output_embeddings()
+        if output is not None and not head and output.weight is not embedding:
+            # A head of its own isn't read where nobody asks for logits.
+            heads = {name for name, parameter in self.model.named_parameters() if parameter is output.weight}
+            wanted -= heads
+        with self._at_hand(self.model, "", sorted(wanted)):
+            # Loading gives the embedding a new parameter, which a tied head has to share.
+            self.model.tie_weights()
+            yield
+        self.model.tie_weights()
+
+    @contextlib.contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        layer = self.layers[index]
+        names = [name for name, _ in layer.named_parameters()]
+        with self._at_hand(layer, f"{self.spec.layers}.{index}.", names):
+            yield layer
+
+    @contextlib.contextmanager
+    def _at_hand(self, module: nn.Module, prefix: str, names: list[str]) -> Iterator[None]:
+        from accelerate.utils import set_module_tensor_to_device
+
+        try:
+            for name in names:
+                value = self.checkpoint.read(self.names[prefix + name])
+                set_module_tensor_to_device(module, name, self.device, value=value, dtype=self.compute_dtype)
+            yield
+        finally:
+            for name in names:
+                set_module_tensor_to_device(module, name, "meta")
+
+    def commit(self, index: int, place: int, kept: Tensor, weight: Tensor) -> None:
+        assert self.parts is not None
+        spec, kept = self.spec, kept.cpu()
+        sliced = {f"{path}.{kind}" for path in spec.producers for kind in ("weight", "bias")}
+        tensors: dict[str, Tensor] = {}
+        for name, _ in self.layers[index].named_parameters():
+            value = self.read(f"{spec.layers}.{index}.{name}")
+            if name in sliced:
+                value = value[kept]
+            elif name == f"{spec.consumer}.weight":
+                value = weight.to(value)
+            tensors[f"{spec.layers}.{place}.{name}"] = value.contiguous()
+        write_part(tensors, self.parts / part_name(place))
+
+    def write_outside(self) -> list[Path]:
+        """Write what isn't in a decoder layer, a part for each weight; returns the parts."""
+        assert self.parts is not None
+        written = []
+        for number, name in enumerate(self.outside_names()):
+            written.append(self.parts / f"outside-{number:05d}.safetensors")
+            write_part({name: self.read(name).contiguous()}, written[-1])
+        return written
+
+    def read(self, name: str) -> Tensor:
+        """A weight of the dense model, in the dtype that the pruned one will have."""
+        value = self.checkpoint.read(self.names[name])
+        return value if self.store_dtype is None else value.to(self.store_dtype)
+
+    def whole(self) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        logger.info("Loading the whole model into memory for a moment.")
+        trust = {"trust_remote_code": True} if self.model.config.__module__.startswith("transformers_modules") else {}
+        folder = self.checkpoint.folder
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=self.compute_dtype, **trust).to(self.device).eval()
+
+    def check(self) -> str:
+        return self.checkpoint.require_finite(self.names.values())
+
+
+def part_name(place: int) -> str:
+    """File of the pruned model's decoder layer number `place`."""
+    return f"layer-{place:05d}.safetensors"
+
+
+def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """Processors multiply half-precision matrices slowly or inexactly; there, weights are widened as they are read."""
+    return torch.float32 if device.type == "cpu" and stored in (torch.bfloat16, torch.float16) else stored
+
+
+def empty_model(config: Any, dtype: torch.dtype, **arguments: Any) -> Any:
+    """The model that a config describes, on the meta device; buffers that its code computes are real."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **arguments)
+    model.tie_weights()
+    return model.eval()
+
+
+def _stored_names(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
+    """For each weight of the model (tied ones once), the name that the checkpoint's files give it."""
+    shared: dict[int, list[str]] = {}
+    shapes: dict[int, tuple[int, ...]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        shared.setdefault(id(parameter), []).append(name)
+        shapes[id(parameter)] = tuple(parameter.shape)
+    # Checkpoints of the bare decoder leave the causal model's prefix away.
+    prefix = f"{model.base_model_prefix}."
+    names: dict[str, str] = {}
+    for key, aliases in shared.items():
+        candidates = [*aliases, *(name.removeprefix(prefix) for name in aliases)]
+        found = next((name for name in candidates if name in checkpoint.tensors), None)
+        if found is None:
+            raise ValueError(f"{aliases[0]} is missing from the checkpoint in {checkpoint.folder.name}. Get it anew.")
+        stored = checkpoint.tensors[found]
+        if stored.shape != shapes[key]:
+            raise ValueError(
+                f"{stored.file.name}: {found} has shape {list(stored.shape)}, and by config.json it is to have "
+                f"{list(shapes[key])}."
+            )
+        names[aliases[0]] = found
+    known = {name for aliases in shared.values() for name in aliases}
+    unknown = sorted(set(checkpoint.tensors) - known - {name.removeprefix(prefix) for name in known})
+    # Buffers that old versions of transformers stored; today's compute them.
+    unknown = [name for name in unknown if not name.endswith((".inv_freq", ".masked_bias", ".attn.bias"))]
+    if unknown:
+        logger.warning("%d weights are not the model's and are left out: %s ...", len(unknown), ", ".join(unknown[:3]))
+    return names
+
+
+@contextlib.contextmanager
+def _in_dtype(parameters: list[nn.Parameter], dtype: torch.dtype) -> Iterator[None]:
+    """Parameters in another dtype meanwhile; widening and narrowing again gives the same values."""
+    originals = [(parameter, parameter.data, parameter.dtype) for parameter in parameters if parameter.dtype != dtype]
+    for parameter, data, _ in originals:
+        parameter.data = data.to(dtype)
+    try:
+        yield
+    finally:
+        for parameter, data, _ in originals:
+            parameter.data = data

@@ -1,0 +1,353 @@
+"""Interrupted runs: whatever stops them, the output folder is complete or says how to go on, and going on is exact."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_blocks, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from optimum_comp import CompConfig, CompPruner
+from optimum_comp.engine import PruningRun
+from optimum_comp.evaluation import Settings, evaluate, load_model
+from optimum_comp.journal import Journal
+
+
+FIELDS = {"sparsity": 0.35, "num_samples": 8, "sequence_length": 32, "round_to": 8, "layer_fraction": 0.8}
+CONFIG = CompConfig(**FIELDS)
+CLI = Path(sys.executable).parent / "optimum-cli"
+
+
+def digest_of(files) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
+
+
+def digest(folder: Path) -> dict[str, str]:
+    return digest_of(folder.iterdir())
+
+
+def prune(model: Path, output: Path, **arguments):
+    pruner = CompPruner.from_pretrained(model)
+    return pruner.prune(CONFIG, tiny_blocks(8, 32), output=output, **arguments)
+
+
+@pytest.fixture
+def undisturbed(tiny_folder, tmp_path) -> dict[str, str]:
+    prune(tiny_folder, tmp_path / "undisturbed")
+    return digest(tmp_path / "undisturbed")
+
+
+class Stop(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("step", ["_observe", "_decide", "_commit", "_update", "_record"])
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_stopped_anywhere_and_gone_on_with(step, after, layer, tiny_folder, tmp_path, undisturbed, monkeypatch):
+    calls = []
+    original = getattr(PruningRun, step)
+
+    def stopping(self, *args, **kwargs):
+        calls.append(step)
+        if len(calls) == layer + 1 and not after:
+            raise Stop
+        result = original(self, *args, **kwargs)
+        if len(calls) == layer + 1:
+            raise Stop
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PruningRun, step, stopping)
+        with pytest.raises(Stop):
+            prune(tiny_folder, tmp_path / "out")
+    done = Journal.read(tmp_path / "out").finished
+    assert done == layer + (step == "_record" and after)
+    # Recognisably unfinished, to our loaders and to transformers.
+    for refused in (CompPruner.from_pretrained, load_model, lambda folder: evaluate(folder, Settings())):
+        with pytest.raises(ValueError, match=r"is unfinished(.|\n)*--resume"):
+            refused(tmp_path / "out")
+    with pytest.raises((OSError, ValueError)):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with pytest.raises(FileExistsError, match="unfinished pruning run"):
+        prune(tiny_folder, tmp_path / "out")
+    prune(tiny_folder, tmp_path / "out", resume=True)
+    assert digest(tmp_path / "out") == undisturbed
+
+
+def test_stopped_while_finishing(tiny_folder, tmp_path, undisturbed, monkeypatch):
+    """Killed between any two of the moves that put the result in place, an old model's files there or not."""
+    replace, moves = Path.replace, []
+
+    def stopping(self, target):
+        if self.parent.name == "final":
+            moves.append(self.name)
+            if len(moves) == stop:
+                raise Stop
+        return replace(self, target)
+
+    for stop in range(1, len(undisturbed) + 1):
+        for old in (False, True):
+            moves.clear()
+            output = tmp_path / f"out-{stop}-{old}"
+            if old:
+                tiny_model("opt").save_pretrained(output)
+                (output / "stale").mkdir()
+                (output / "stale" / "notes.txt").write_text("old")
+            with monkeypatch.context() as patch:
+                patch.setattr(Path, "replace", stopping)
+                with pytest.raises(Stop):
+                    prune(tiny_folder, output, overwrite=old)
+            assert len(moves) == stop
+            with pytest.raises(ValueError, match="is unfinished"):
+                CompPruner.from_pretrained(output)
+            report = prune(tiny_folder, output, resume=True)
+            assert len(report.layers) == 3 and digest(output) == undisturbed
+
+
+def test_an_old_model_stays_until_the_new_one_is_complete(tiny_folder, tmp_path, undisturbed, monkeypatch):
+    output = tmp_path / "out"
+    tiny_model("opt").save_pretrained(output)
+    old = digest(output)
+    with monkeypatch.context() as patch:
+        patch.setattr(PruningRun, "_commit", lambda *args: (_ for _ in ()).throw(Stop()))
+        with pytest.raises(Stop):
+            prune(tiny_folder, output, overwrite=True)
+    now = {path.name: path for path in output.iterdir()}
+    assert old == digest_of([now[name] for name in old])
+    prune(tiny_folder, output, overwrite=True)
+    assert digest(output) == undisturbed
+
+
+def interrupted(tiny_folder, output, monkeypatch, error=Stop) -> None:
+    original, calls = PruningRun._record, []
+
+    def stopping(self, *args):
+        if len(calls) == 2:
+            raise error
+        calls.append(1)
+        return original(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PruningRun, "_record", stopping)
+        with pytest.raises(type(error) if isinstance(error, BaseException) else error):
+            prune(tiny_folder, output)
+
+
+def test_going_on_takes_what_is_not_given_from_the_journal(tiny_folder, tmp_path, undisturbed, monkeypatch):
+    interrupted(tiny_folder, tmp_path / "out", monkeypatch)
+    CompPruner.from_pretrained(tiny_folder).prune(output=tmp_path / "out", resume=True)
+    assert digest(tmp_path / "out") == undisturbed
+    # Complete, it is left as it is.
+    report = CompPruner.from_pretrained(tiny_folder).prune(CONFIG, output=tmp_path / "out", resume=True)
+    assert report.width and digest(tmp_path / "out") == undisturbed
+    with pytest.raises(FileExistsError, match="made otherwise"):
+        CompPruner.from_pretrained(tiny_folder).prune(CompConfig(), output=tmp_path / "out", resume=True)
+
+
+def test_going_on_with_nothing_starts(tiny_folder, tmp_path, undisturbed):
+    prune(tiny_folder, tmp_path / "out", resume=True)
+    assert digest(tmp_path / "out") == undisturbed
+    with pytest.raises(ValueError, match="needs the output folder"):
+        CompPruner.from_pretrained(tiny_folder).prune(CONFIG, tiny_blocks(8, 32), resume=True)
+
+
+@pytest.mark.parametrize("step", ["durably", "begin"])
+def test_stopped_before_the_first_entry(step, tiny_folder, tmp_path, undisturbed, monkeypatch):
+    def stopping(*args, **kwargs):
+        if step == "durably":
+            (tmp_path / "out" / ".comp_journal.json.partial").write_text("{")
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*(("optimum_comp.journal.durably",) if step == "durably" else (Journal, "begin")), stopping)
+        with pytest.raises(Stop):
+            prune(tiny_folder, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir())
+    prune(tiny_folder, tmp_path / "out", resume=True)
+    assert digest(tmp_path / "out") == undisturbed
+
+
+def test_going_on_otherwise_is_refused(tiny_folder, tmp_path, undisturbed, monkeypatch):
+    output = tmp_path / "out"
+    interrupted(tiny_folder, output, monkeypatch)
+    with pytest.raises(ValueError, match=r"sparsity=0.35, and now it is 0.2"):
+        CompPruner.from_pretrained(tiny_folder).prune(
+            CompConfig(**{**FIELDS, "sparsity": 0.2}), output=output, resume=True
+        )
+    with pytest.raises(ValueError, match="calibrated on 'token blocks', not on 'self'"):
+        CompPruner.from_pretrained(tiny_folder).prune(CONFIG, "self", output=output, resume=True)
+    other = tiny_model("llama", seed=1)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="has weights="):
+        prune(tmp_path / "other", output, resume=True)
+    journal = json.loads((output / "comp_journal.json").read_text())
+    (output / "comp_journal.json").write_text(json.dumps({**journal, "format": 99}))
+    with pytest.raises(ValueError, match="another version of optimum-comp"):
+        prune(tiny_folder, output, resume=True)
+    (output / "comp_journal.json").write_text("{")
+    with pytest.raises(ValueError, match="is damaged"):
+        prune(tiny_folder, output, resume=True)
+    (output / "comp_journal.json").write_text(json.dumps(journal))
+    prune(tiny_folder, output, resume=True)
+    assert digest(output) == undisturbed
+
+
+def test_errors_that_would_come_again_leave_nothing(tmp_path):
+    model = tiny_model("llama")
+    model.model.layers[2].mlp.up_proj.weight.data.fill_(3e38)
+    model.save_pretrained(tmp_path / "dense")
+    with pytest.raises(FloatingPointError, match=r"model\.layers\.2\.mlp\.down_proj"):
+        prune(tmp_path / "dense", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_said_and_can_be_gone_on_from(tiny_folder, tmp_path, undisturbed, monkeypatch):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    interrupted(tiny_folder, tmp_path / "out", monkeypatch, full)
+    prune(tiny_folder, tmp_path / "out", resume=True)
+    assert digest(tmp_path / "out") == undisturbed
+
+
+def test_too_small_a_disk_is_refused_before_any_output(tiny_folder, tmp_path, monkeypatch):
+    usage = type(shutil.disk_usage(tmp_path))(10**6, 10**6 - 1000, 1000)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
+    with pytest.raises(OSError, match=r"needs \d.* of disk space at .*out, and 1.0 kB are free"):
+        prune(tiny_folder, tmp_path / "deep" / "out")
+    assert not (tmp_path / "deep").exists()
+
+
+def cli(*arguments, check=True, **kwargs):
+    command = [str(CLI), "comp", "prune", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, **kwargs)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def test_a_file_size_limit_on_the_command_line(tmp_path):
+    """`ulimit -f` makes writes fail as a full disk does."""
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    (tmp_path / "text.txt").write_text("The cat sat on the mat and looked at the moon.\n" * 60)
+    given = ["--model", tmp_path / "dense", "--calibration", tmp_path / "text.txt", "--round-to", 8]
+    given += ["--num-samples", 8, "--sequence-length", 32]
+    cli(*given, tmp_path / "undisturbed")
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+    done = cli(*given, tmp_path / "out", check=False, preexec_fn=limit)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "File too large" in done.stderr and f"--resume {tmp_path / 'out'}" in done.stderr
+    cli("--resume", tmp_path / "out")
+    assert digest(tmp_path / "out") == digest(tmp_path / "undisturbed")
+    assert "decoder layers removed" in cli("--resume", tmp_path / "out").stdout
+
+
+def test_ctrl_c_on_the_command_line(tmp_path):
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=1024, num_hidden_layers=60, num_attention_heads=4
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    (tmp_path / "text.txt").write_text("The cat sat on the mat and looked at the moon.\n" * 600)
+    given = ["--model", tmp_path / "dense", "--calibration", tmp_path / "text.txt"]
+    given += ["--num-samples", 8, "--sequence-length", 256]
+    process = subprocess.Popen(
+        list(map(str, [CLI, "comp", "prune", *given, tmp_path / "out"])),
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        seen = ""
+        while "1/60" not in seen:
+            seen += process.stderr.read(1)
+            assert process.poll() is None, seen
+        process.send_signal(signal.SIGINT)
+        _, rest = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 1 and "Traceback" not in rest
+    said = re.search(r"interrupted; (\d+) layers are done and kept in .*out; go on with\n  optimum-cli (.*)\n", rest)
+    assert said and 1 <= int(said[1]) < 60
+    assert Journal.read(tmp_path / "out").finished == int(said[1])
+    going_on = subprocess.run([CLI, *said[2].split()], capture_output=True, text=True)
+    assert f"Going on after {said[1]} finished layers" in going_on.stderr
+    assert "decoder layers removed" in going_on.stdout
+    prune = cli(*given, tmp_path / "undisturbed")
+    assert "decoder layers removed" in prune.stdout
+    assert digest(tmp_path / "out") == digest(tmp_path / "undisturbed")
+
+
+SCRIPT = """
+import sys, torch
+from optimum_comp import CompConfig, CompPruner
+model, output, tokens = sys.argv[1:]
+torch.set_num_threads(1)
+print("ready", flush=True)
+blocks = torch.load(tokens)
+config = CompConfig(num_samples=blocks.shape[0], sequence_length=blocks.shape[1], round_to=8)
+CompPruner.from_pretrained(model).prune(config, blocks, output=output, resume=True)
+"""
+
+
+def kill_at_random_moments(model: Path, tokens: torch.Tensor, scratch: Path, times: int, seed: int = 0) -> None:
+    """Kill -9 at random moments of the run until it is through; every result has to be that of an undisturbed run."""
+    torch.save(tokens, scratch / "tokens.pt")
+
+    def start(output: Path) -> subprocess.Popen:
+        command = [sys.executable, "-c", SCRIPT, str(model), str(output), str(scratch / "tokens.pt")]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "ready\n"
+        return process
+
+    started = time.perf_counter()
+    assert start(scratch / "undisturbed").wait() == 0
+    duration, want = time.perf_counter() - started, digest(scratch / "undisturbed")
+    moments = random.Random(seed)
+    unfinished = 0
+    for number in range(times):
+        output = scratch / f"out-{number}"
+        process = start(output)
+        time.sleep(moments.uniform(0, duration))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        unfinished += (output / "comp_journal.json").exists()
+        process = start(output)
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+        assert digest(output) == want
+    # The moments are spread over the run, so not all of them can lie before or behind the layers.
+    assert unfinished >= max(1, times // 5)
+
+
+@pytest.mark.slow
+def test_killed_at_20_random_moments(tmp_path):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=256, intermediate_size=1024, num_hidden_layers=16, num_attention_heads=4
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
+    tokens = torch.randint(0, 512, (16, 128), generator=torch.Generator().manual_seed(1))
+    kill_at_random_moments(tmp_path / "dense", tokens, tmp_path, times=20)
+
+
+@pytest.mark.slow
+def test_the_real_model_killed_at_random_moments(real_model, tmp_path):
+    tokens = torch.randint(0, 49000, (4, 128), generator=torch.Generator().manual_seed(1))
+    kill_at_random_moments(real_model, tokens, tmp_path, times=3)
