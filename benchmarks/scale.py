@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from optimum_comp.memory import MemoryPlan, Workload, disk_bytes, predict
+from optimum_comp.memory import MemoryPlan, Workload, disk_bytes, good_batch_size, predict
 from optimum_comp.utils import format_bytes
 
 
@@ -113,11 +113,12 @@ def measured_rate() -> float:
     return 2 * 2048 * 4096 * 4096 / min(times)
 
 
-def on_paper(samples: int, length: int) -> None:
+def on_paper(samples: int, length: int, rate: float) -> None:
     """Memory, disk and time of known sizes, from the formulas that a run announces itself with."""
-    rate, base = measured_rate(), psutil.Process().memory_info().rss
+    base = psutil.Process().memory_info().rss
+    batch = good_batch_size(length, torch.device("cpu"))
     print(f"{samples} x {length} tokens, 20 % of the layers; {rate / 1e9:.0f} GFLOP/s, {format_bytes(base)} at rest\n")
-    print("| model | checkpoint | peak memory | of it all in files | disk | time | 2 processes | forward pass |")
+    print("| model | checkpoint | peak memory | at the least | disk | time | 2 processes | forward pass |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for name, (layers, hidden, width, heads, vocabulary) in PAPER.items():
         attention = 2 * hidden * hidden + 2 * hidden * (hidden * heads // 64 if heads < 64 else hidden)
@@ -138,7 +139,7 @@ def on_paper(samples: int, length: int) -> None:
             has_mask_form=False,
         )
         plans = [
-            predict(work, MemoryPlan(8, False, False, 0), base),
+            predict(work, MemoryPlan(batch, False, False, 0), base),
             predict(work, MemoryPlan(1, True, True, 0), base),
         ]
         after = layers * (parameters - 3 * hidden * (width - kept)) + 2 * vocabulary * hidden
@@ -164,9 +165,10 @@ def main() -> None:
     parser.add_argument("--max-memory")
     parser.add_argument("--folder", help="where the checkpoints are written for a while [the system's temporary one]")
     parser.add_argument("--paper", action="store_true", help="print what 7B, 13B and 70B will need, and prune nothing")
+    parser.add_argument("--gflops", type=float, help="float32 rate to reckon with [measured]")
     args = parser.parse_args()
     if args.paper:
-        on_paper(args.num_samples, args.sequence_length)
+        on_paper(args.num_samples, args.sequence_length, args.gflops * 1e9 if args.gflops else measured_rate())
         return
     print(f"{args.num_samples} x {args.sequence_length} tokens, {torch.get_num_threads()} threads\n")
     print("| layers | checkpoint | peak memory | seconds | of it read, forward, Gram, solve, write |")
