@@ -238,6 +238,7 @@ class CompPruner:
         # Said now if it can't fit, and once more with what libraries take that are loaded by then.
         plan_memory(work, batch_size, limit)
         started = time.perf_counter()
+        fingerprint = self._ranks.from_first(self._source.check() if self._ranks.is_first else "")
         samples = self._samples(config, calibration, text_column, unfinished)
         plan = plan_memory(work, batch_size, limit)
         # The same batches in all processes; and, going on, those that it was begun with: others add up otherwise.
@@ -251,7 +252,6 @@ class CompPruner:
         if unfinished is None:
             check_disk(Path(tempfile.gettempdir()) if folder is None else folder, disk)
         self._interrupted = True
-        fingerprint = self._ranks.from_first(self._source.check() if self._ranks.is_first else "")
         journal = self._begin(unfinished, folder, config, samples, plan, fingerprint)
         place = self._workplace(folder, plan)
         removable = (allocation.layers, _protected(config, work.layers))

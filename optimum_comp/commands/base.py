@@ -21,7 +21,7 @@ class CompSubcommand(BaseOptimumCLICommand):
         try:
             self.execute()
         except KeyboardInterrupt as interrupt:
-            sys.exit(f"interrupted; {interrupt or 'nothing was written.'}")
+            sys.exit(f"interrupted; {str(interrupt) or 'nothing was written.'}")
         except (ValueError, OSError, RuntimeError, ImportError, FloatingPointError) as error:
             if self.args.debug:
                 raise
