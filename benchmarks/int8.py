@@ -20,7 +20,8 @@ from optimum_comp.calibration import PYDOC
 from optimum_comp.evaluation import Settings, evaluate_apart, is_onnx_folder
 from optimum_comp.onnx.export import export_onnx
 from optimum_comp.onnx.folders import copy_companions
-from optimum_comp.onnx.quantization import RECIPES, quantize_onnx
+from optimum_comp.onnx.quantization import quantize_onnx
+from optimum_comp.onnx.recipes import RECIPES
 from optimum_comp.report.table import evaluation_table
 
 

@@ -9,13 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from optimum_comp.atomic import COMPRESSION_SUMMARY, atomic_folder, check_folder
-from optimum_comp.calibration import CalibrationSource, read_text
+from optimum_comp.calibration import PYDOC, SELF, CalibrationSource, prepare_calibration, read_text
 from optimum_comp.configuration import CompConfig
 from optimum_comp.evaluation import Evaluation, Settings, evaluate_apart, is_onnx_folder
 from optimum_comp.onnx.export import export_onnx
-from optimum_comp.onnx.quantization import RECIPES, QuantizationReport, quantize_onnx
+from optimum_comp.onnx.quantization import QuantizationReport, quantize_onnx
+from optimum_comp.onnx.recipes import BUDGET, find_recipe, find_target
 from optimum_comp.onnx.runtime import require_onnxruntime
+from optimum_comp.onnx.search import Budget, search
+from optimum_comp.opening import trusted
 from optimum_comp.pruner import CompPruner
 from optimum_comp.report.table import evaluation_table
 from optimum_comp.utils import get_logger
@@ -26,6 +32,9 @@ logger = get_logger(__name__)
 PRUNED, PRUNED_ONNX = "pruned", "pruned-onnx"
 QUANTIZED_TOLERANCE = 1.05
 """A quantized model whose perplexity is above this multiple of its float original is called out."""
+
+_HELD_OUT = 10
+"""Samples that are set aside to measure a budget of perplexity on."""
 
 
 @dataclass
@@ -76,6 +85,8 @@ def compress(
     batch_size: int | None = None,
     max_memory: str | int | None = None,
     recipe: str = "int8",
+    target: str = "any",
+    budget: Budget | None = None,
     settings: Settings | None = None,
     overwrite: bool = False,
     **loading: Any,
@@ -84,13 +95,16 @@ def compress(
 
     Args:
         model: local folder or hub id.
-        output: folder to make; gets `pruned`, `pruned-onnx`, `pruned-<recipe>`, `comp_compress.json` and `README.md`.
+        output: folder to make; gets `pruned`, `pruned-onnx`, `pruned-<recipe>` (`pruned-budget` with a budget),
+            `comp_compress.json` and `README.md`.
         config: how to prune.
         calibration: see `CompPruner.prune`.
         text_column: column of a dataset that holds text.
         batch_size: samples that go through a layer at a time.
         max_memory: of the pruning; see `CompPruner.prune`.
-        recipe: how to quantize.
+        recipe: how to quantize; not used with a budget.
+        target: the processor that it is for.
+        budget: search for the mix of precisions that keeps it, relative to the pruned model.
         settings: what to measure.
         overwrite: replace an earlier result.
         loading: passed on to `from_pretrained`.
@@ -105,7 +119,8 @@ def compress(
     sources = [Path(model)] if Path(model).exists() else []
     check_folder(output, overwrite=overwrite, sources=sources)
     require_onnxruntime()
-    _known_recipe(recipe)
+    find_recipe(recipe)
+    find_target(target)
     if settings.text is not None:
         read_text(settings.text, settings.text_column, settings.max_tokens)
 
@@ -116,13 +131,15 @@ def compress(
             config, calibration, text_column=text_column, batch_size=batch_size, max_memory=max_memory
         ).summary()
         pruner.save_pretrained(folder / PRUNED)
+        tokens = pruner.samples
         del pruner
         gc.collect()
         logger.info("Exporting to ONNX ...")
         export_onnx(folder / PRUNED, folder / PRUNED_ONNX)
-        logger.info("Quantizing (%s) ...", recipe)
-        quantized = f"pruned-{recipe}"
-        quantize_onnx(folder / PRUNED_ONNX, folder / quantized, recipe=recipe)
+        name = recipe if budget is None else BUDGET
+        logger.info("Quantizing (%s, for %s) ...", name, target)
+        quantized = f"pruned-{name}"
+        _quantize(folder / PRUNED_ONNX, folder / quantized, recipe, target, budget, tokens)
 
         stages: dict[str, Evaluation] = {}
         paths: dict[str, str | Path] = {"dense": str(model)}
@@ -138,29 +155,91 @@ def compress(
 
 
 def quantize_folder(
-    model: str | Path, output: str | Path, *, recipe: str = "int8", overwrite: bool = False
+    model: str | Path,
+    output: str | Path,
+    *,
+    recipe: str = "int8",
+    target: str = "any",
+    budget: Budget | None = None,
+    calibration: CalibrationSource | None = None,
+    text_column: str | None = None,
+    num_samples: int = 32,
+    sequence_length: int = 512,
+    overwrite: bool = False,
 ) -> QuantizationReport:
     """Quantize a PyTorch or an ONNX folder; the former is exported to a temporary folder first.
 
+    Args:
+        model: the folder.
+        output: folder to make.
+        recipe: a key of `RECIPES`; not used with a budget.
+        target: a key of `TARGETS`.
+        budget: search for the mix of precisions that keeps it.
+        calibration: text for recipes that round with text, and for a budget; Python's documentation if `None`.
+        text_column: column of a dataset that holds text.
+        num_samples: calibration samples.
+        sequence_length: tokens of each.
+        overwrite: replace a model that is in `output`.
+
     Raises:
         FileExistsError: the output exists and isn't to be overwritten.
-        ValueError: no such folder or recipe.
+        ValueError: no such folder, recipe or target, too little text, or a budget that can't be kept.
     """
     model, output = Path(model), Path(output)
     if not model.is_dir():
         raise ValueError(f"--model {str(model)!r} is not a folder; give a PyTorch or an ONNX folder.")
-    _known_recipe(recipe)
+    settings = find_recipe(recipe)
+    find_target(target)
     check_folder(output, overwrite=overwrite, sources=[model])
     require_onnxruntime()
-    if is_onnx_folder(model):
-        return quantize_onnx(model, output, recipe=recipe, overwrite=overwrite)
+    tokens = None
+    if budget is not None or settings.rounding == "compensated":
+        wanted = num_samples + (_HELD_OUT if budget is not None else 0)
+        tokens = _samples(model, calibration or PYDOC, text_column, wanted, sequence_length)
     output.resolve().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.resolve().parent, prefix=".export-") as scratch:
-        exported = Path(scratch) / "onnx"
-        export_onnx(model, exported)
-        return quantize_onnx(exported, output, recipe=recipe, overwrite=overwrite)
+        exported = model
+        if not is_onnx_folder(model):
+            exported = export_onnx(model, Path(scratch) / "onnx").output
+        return _quantize(exported, output, recipe, target, budget, tokens, overwrite=overwrite)
 
 
-def _known_recipe(recipe: str) -> None:
-    if recipe not in RECIPES:
-        raise ValueError(f"recipe={recipe!r} is not valid: it must be one of {', '.join(RECIPES)}.")
+def _samples(model: Path, source: CalibrationSource, text_column: str | None, number: int, length: int) -> Tensor:
+    """Token blocks for quantization, `[number, length]`."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    writer = None
+    if isinstance(source, str) and source == SELF and not is_onnx_folder(model):
+        writer = AutoModelForCausalLM.from_pretrained(model, **trusted(model, {})).eval()
+    return prepare_calibration(
+        source,
+        model=writer,
+        tokenizer=AutoTokenizer.from_pretrained(model),
+        num_samples=number,
+        sequence_length=length,
+        text_column=text_column,
+    ).tokens
+
+
+def _quantize(
+    source: Path,
+    output: Path,
+    recipe: str,
+    target: str,
+    budget: Budget | None,
+    tokens: Tensor | None,
+    *,
+    overwrite: bool = False,
+) -> QuantizationReport:
+    """Quantize an ONNX folder by a recipe, or by what a search finds."""
+    if budget is None:
+        return quantize_onnx(source, output, recipe=recipe, target=target, tokens=tokens, overwrite=overwrite)
+    assert tokens is not None
+    # Spread over the text, so that both parts are of all of it.
+    held_out = torch.zeros(len(tokens), dtype=torch.bool)
+    held_out[torch.linspace(0, len(tokens) - 1, min(_HELD_OUT, len(tokens) // 2)).long()] = True
+    found = search(source, budget, tokens[~held_out], tokens[held_out], target=target)
+    report = quantize_onnx(source, output, recipe=BUDGET, target=target, plan=found.plan, overwrite=overwrite)
+    if found.increase is not None:
+        logger.info("Perplexity %+.2f %% on samples that were held out.", 100 * found.increase)
+    return report

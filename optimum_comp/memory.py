@@ -239,7 +239,7 @@ def check_disk(folder: Path, needed: int) -> None:
         )
 
 
-def parse_bytes(text: str | int) -> int:
+def parse_bytes(text: str | int, name: str = "max_memory") -> int:
     """`"4GB"`, `"1.5GiB"`, `"800 MB"` or a number of bytes.
 
     Raises:
@@ -247,5 +247,5 @@ def parse_bytes(text: str | int) -> int:
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", str(text).lower())
     if not found or found[2] not in _UNITS or float(found[1]) <= 0:
-        raise ValueError(f"max_memory={text!r} is not valid: give a size like 4GB or 1.5GiB.")
+        raise ValueError(f"{name}={text!r} is not valid: give a size like 4GB or 1.5GiB.")
     return int(float(found[1]) * _UNITS[found[2]])

@@ -61,12 +61,14 @@ class CompPruner:
     Attributes:
         tokenizer: the model's tokenizer, or `None`.
         report: what `prune` did; `None` before.
+        samples: the calibration samples that it used, `[samples, length]`.
     """
 
     def __init__(self, source: ModelSource, tokenizer: Any = None, name: str | None = None, **name_arguments: Any):
         self.tokenizer = tokenizer
         self.report: CompReport | None = None
         self.config: CompConfig | None = None
+        self.samples: torch.Tensor | None = None
         self._source = source
         self._name = name
         self._name_arguments = name_arguments
@@ -240,6 +242,7 @@ class CompPruner:
         started = time.perf_counter()
         fingerprint = self._ranks.from_first(self._source.check() if self._ranks.is_first else "")
         samples = self._samples(config, calibration, text_column, unfinished)
+        self.samples = samples.tokens
         plan = plan_memory(work, batch_size, limit)
         # The same batches in all processes; and, going on, those that it was begun with: others add up otherwise.
         batch = plan.batch_size if unfinished is None else unfinished.run["batch_size"]

@@ -91,6 +91,45 @@ def add_config_arguments(parser: ArgumentParser) -> None:
     group.add_argument("--round-to", type=int, help="The FFN width becomes a multiple of this [32].")
 
 
+def add_quantization_arguments(parser: ArgumentParser) -> None:
+    """What the weights become."""
+    group = parser.add_argument_group("quantization")
+    group.add_argument("--weights", choices=("int8", "int4"), default="int8", help="Bits of the weights [int8].")
+    group.add_argument(
+        "--recipe",
+        help="A recipe by name, in place of --weights: int8, int8-dynamic (faster prompts),\n"
+        "int4, int4-hqq, int4-rtn.",
+    )
+    group.add_argument(
+        "--target", default="any", help="Processor: arm64, arm64-i8mm, x86-vnni, x86, or any of them [any]."
+    )
+    group.add_argument(
+        "--max-perplexity-increase",
+        type=_share,
+        metavar="SHARE",
+        help="Search for the smallest mix of 4 bits, 8 bits and float that keeps\nthis, like 2%%.",
+    )
+    group.add_argument("--max-size", metavar="SIZE", help="Search for the best mix of this size, like 110MB.")
+
+
+def quantization_arguments(args: Any) -> dict[str, Any]:
+    """Recipe, target and budget that the options describe.
+
+    Raises:
+        ValueError: a budget that is none.
+    """
+    from optimum_comp.memory import parse_bytes
+    from optimum_comp.onnx.search import Budget
+
+    budget = None
+    if args.max_perplexity_increase is not None or args.max_size is not None:
+        if args.recipe is not None:
+            raise ValueError("--recipe and a budget exclude each other: a budget chooses the precisions itself.")
+        size = None if args.max_size is None else parse_bytes(args.max_size, "max_size")
+        budget = Budget(args.max_perplexity_increase, size)
+    return {"recipe": args.recipe or args.weights, "target": args.target, "budget": budget}
+
+
 def is_configured(args: Any) -> bool:
     """Whether any option of `add_config_arguments` that makes up the `CompConfig` is given."""
     from optimum_comp.configuration import FIELDS
@@ -133,6 +172,11 @@ def write_json(path: Path | None, data: Any) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _share(text: str) -> float:
+    """`2%` or `0.02`."""
+    return float(text[:-1]) / 100 if text.endswith("%") else float(text)
 
 
 def _layer_numbers(text: str) -> list[int]:

@@ -12,8 +12,10 @@ from optimum_comp.commands.base import (
     add_common_arguments,
     add_config_arguments,
     add_loading_arguments,
+    add_quantization_arguments,
     config_from,
     loading_arguments,
+    quantization_arguments,
     write_json,
 )
 from optimum_comp.commands.evaluate import add_measuring_arguments, settings_from
@@ -29,7 +31,7 @@ class CompressCommand(CompSubcommand):
         """Declare the options."""
         parser.add_argument("-m", "--model", required=True, help="Local folder or hub id.")
         add_config_arguments(parser)
-        parser.add_argument("--recipe", default="int8", help="int8 or int8-dynamic (faster prompts) [int8].")
+        add_quantization_arguments(parser)
         add_measuring_arguments(parser)
         add_loading_arguments(parser)
         parser.add_argument("--overwrite", action="store_true", help="Replace an earlier result in OUTPUT.")
@@ -49,9 +51,9 @@ class CompressCommand(CompSubcommand):
             text_column=args.text_column,
             batch_size=args.batch_size,
             max_memory=args.max_memory,
-            recipe=args.recipe,
             settings=settings_from(args, args.text),
             overwrite=args.overwrite,
+            **quantization_arguments(args),
             **loading_arguments(args),
         )
         write_json(args.json, result.to_dict())

@@ -19,6 +19,7 @@ class FamilySpec:
         layers: path from the causal LM to its list of decoder layers.
         consumer: path from a decoder layer to the dense layer whose inputs are the FFN's neurons.
         producers: paths to the dense layers that create them, row by row.
+        attention: paths to the dense layers that make queries, keys and values.
         width_field: config field that holds the number of FFN neurons.
         depth_field: config field that holds the number of decoder layers.
         layer_index: paths from a decoder layer to modules with a `layer_idx`.
@@ -29,6 +30,7 @@ class FamilySpec:
     layers: str = "model.layers"
     consumer: str = "mlp.down_proj"
     producers: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    attention: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     width_field: str = "intermediate_size"
     depth_field: str = "num_hidden_layers"
     layer_index: tuple[str, ...] = ("self_attn",)

@@ -1,0 +1,183 @@
+"""Rounding a dense layer's weight to a few bits, in blocks that share a scale; pure tensor mathematics.
+
+A weight `W: [d_out, d_in]` becomes `codes ∘ scales`: each row is cut into blocks of consecutive input channels, and a
+block has one scale. The squared error of the output over the calibration tokens is `tr(E G Eᵀ)` with `E = W − Q` and
+`G = XᵀX`, so what one channel's rounding does wrong, the channels after it can make good:
+
+1. Optimal Brain Surgeon's update, column by column: after column `j` is rounded, its error `e_j` is spread over the
+   columns that follow by `−e_j [U]_j,: / U_jj`, `U` the upper Cholesky factor of `(G + λ̄I)⁻¹`. That is GPTQ (Frantar
+   et al., arXiv 2210.17323).
+2. For the codes found, the best scales of a row are a least-squares problem with as many unknowns as the row has
+   blocks: minimise `(w − D s)ᵀ G (w − D s)`, where `D: [d_in, blocks]` holds each block's codes in its column. Its
+   normal equations are this project's own few lines.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from optimum_comp.core.gram import regularize
+from optimum_comp.core.quadratic import inverse
+
+
+_RATIOS = torch.linspace(0.5, 1.0, 21)
+"""Shares of the largest weight of a block that are tried as the end of its range."""
+
+
+class Blocks(NamedTuple):
+    """A rounded weight: `weight[i, j] = (codes[i, j] − 2^(bits−1)) · scales[i, j // block_size]`.
+
+    Attributes:
+        codes: `[d_out, blocks · block_size]`, uint8; columns past `d_in` hold the code of zero.
+        scales: `[d_out, blocks]`; may be negative.
+        bits: 4 or 8.
+        width: `d_in`.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    bits: int
+    width: int
+
+    @property
+    def block_size(self) -> int:
+        """Weights that share a scale."""
+        return self.codes.shape[1] // self.scales.shape[1]
+
+    def weight(self) -> Tensor:
+        """What the codes stand for, `[d_out, d_in]`."""
+        signed = self.codes.to(self.scales) - 2 ** (self.bits - 1)
+        return (signed * self.scales.repeat_interleave(self.block_size, 1))[:, : self.width]
+
+
+def nearest(weight: Tensor, bits: int, block_size: int) -> Blocks:
+    """Round each weight to the nearest code, with the scale of each block that loses least.
+
+    Args:
+        weight: `[d_out, d_in]`.
+        bits: 4 or 8.
+        block_size: weights that share a scale; the last block is padded with zeros.
+    """
+    blocks = _padded(weight, block_size).unflatten(1, (-1, block_size))
+    scales = _best_scales(blocks, torch.ones_like(blocks[:1]), bits)
+    codes = _codes(blocks, scales, bits)
+    return Blocks(codes.flatten(1).add(2 ** (bits - 1)).to(torch.uint8), scales.squeeze(-1), bits, weight.shape[1])
+
+
+def compensated(weight: Tensor, gram: Tensor, bits: int, block_size: int, ridge: float = 0.01) -> Blocks:
+    """Round so that the layer's output changes least; see the module's description.
+
+    Args:
+        weight: `[d_out, d_in]`.
+        gram: `[d_in, d_in]`, not regularised.
+        bits: 4 or 8.
+        block_size: weights that share a scale; the last block is padded with zeros.
+        ridge: λ of `regularize`.
+
+    Raises:
+        FloatingPointError: the Gram matrix holds NaN or infinity.
+        torch.linalg.LinAlgError: it can't be inverted (raise the ridge).
+    """
+    rows, width = weight.shape
+    weight = weight.to(gram.dtype)
+    matrix = regularize(gram, ridge)
+    factor = torch.linalg.cholesky(inverse(matrix), upper=True)
+    left = _padded(weight, block_size)
+    count = left.shape[1] // block_size
+    codes = torch.zeros_like(left)
+    scales = left.new_ones(rows, count)
+    for number in range(count):
+        start, stop = number * block_size, min((number + 1) * block_size, width)
+        block = left[:, start : start + block_size].clone()
+        # What an error in a channel costs once those behind it have made good what they can.
+        price = block.new_zeros(1, block_size)
+        price[:, : stop - start] = factor.diagonal()[start:stop].square().reciprocal()
+        scale = _best_scales(block[:, None], price[:, None], bits)[:, 0]
+        errors = block.new_zeros(rows, stop - start)
+        for column in range(stop - start):
+            place = start + column
+            code = _codes(block[:, column : column + 1], scale, bits)
+            codes[:, place : place + 1] = code
+            error = (block[:, column] - (code * scale)[:, 0]) / factor[place, place]
+            block[:, column : stop - start] -= torch.outer(error, factor[place, place:stop])
+            errors[:, column] = error
+        scales[:, number : number + 1] = scale
+        left[:, stop:width] -= errors @ factor[start:stop, stop:]
+    scales = _refit_scales(weight, matrix, codes, scales, block_size)
+    return Blocks(codes.add(2 ** (bits - 1)).to(torch.uint8), scales, bits, width)
+
+
+def rounding_error(weight: Tensor, rounded: Tensor, gram: Tensor) -> float:
+    """Squared change of the layer's output over the calibration tokens, `tr(E G Eᵀ)`.
+
+    Args:
+        weight: `[d_out, d_in]`.
+        rounded: `[d_out, d_in]`.
+        gram: `[d_in, d_in]`.
+    """
+    difference = weight.to(gram.dtype) - rounded.to(gram.dtype)
+    return float(((difference @ gram) * difference).sum())
+
+
+def _padded(weight: Tensor, block_size: int) -> Tensor:
+    return torch.nn.functional.pad(weight, (0, -weight.shape[1] % block_size))
+
+
+def _limits(bits: int) -> tuple[int, int]:
+    """The codes that are used. Of 8 bits, −128 is left out: some processors' kernels overflow on it."""
+    return (-127, 127) if bits == 8 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
+def _codes(values: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """Signed codes, in the dtype of the values; of a scale of zero, zeros."""
+    low, high = _limits(bits)
+    return torch.where(scales == 0, 0, values / scales).round_().clamp_(low, high)
+
+
+def _best_scales(blocks: Tensor, price: Tensor, bits: int) -> Tensor:
+    """The scale of each block that loses least, `[d_out, blocks, 1]`.
+
+    Tried are several ends of the range, and both signs: there is one more negative code than positive ones.
+
+    Args:
+        blocks: `[d_out, blocks, block_size]`.
+        price: of a squared error in each place, broadcast to `blocks`.
+        bits: 4 or 8.
+    """
+    low, high = _limits(bits)
+    largest = blocks.abs().amax(-1, keepdim=True)
+    best, least = largest / high, None
+    for sign in (1, -1) if -low > high else (1,):
+        for ratio in _RATIOS.tolist():
+            scale = sign * ratio * largest / -low
+            loss = ((blocks - _codes(blocks, scale, bits) * scale).square_() * price).sum(-1, keepdim=True)
+            if least is None:
+                best, least = scale, loss
+            else:
+                best = torch.where(loss < least, scale, best)
+                least = torch.minimum(loss, least)
+    return best
+
+
+def _refit_scales(weight: Tensor, matrix: Tensor, codes: Tensor, scales: Tensor, block_size: int) -> Tensor:
+    """The scales that change the output least, given the codes, `[d_out, blocks]`."""
+    rows, width = weight.shape
+    count = scales.shape[1]
+    codes = codes[:, :width]
+    normal = weight.new_zeros(rows, count, count)
+    starts = range(0, width, block_size)
+    for number, start in enumerate(starts):
+        block = slice(start, start + block_size)
+        product = torch.nn.functional.pad((codes[:, block] @ matrix[block]) * codes, (0, -width % block_size))
+        normal[:, number] = product.unflatten(1, (-1, block_size)).sum(-1)
+    wanted = torch.nn.functional.pad((weight @ matrix) * codes, (0, -width % block_size))
+    right = wanted.unflatten(1, (-1, block_size)).sum(-1)
+    # A block without any code but zero leaves an empty row; it keeps its scale.
+    empty = normal.diagonal(dim1=1, dim2=2) <= 0
+    normal.diagonal(dim1=1, dim2=2).add_(empty)
+    right = torch.where(empty, scales, right)
+    solved, failed = torch.linalg.solve_ex(normal, right)
+    return torch.where((failed == 0)[:, None] & solved.isfinite().all(-1, keepdim=True), solved, scales)

@@ -1,0 +1,129 @@
+"""Running an exported float graph on calibration tokens: what goes into its dense layers, and what comes out of it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from optimum_comp.core.gram import GramAccumulator
+from optimum_comp.onnx.graph import DenseNode, needs_external_data
+from optimum_comp.utils import progress_disabled
+
+
+_GRAM_BYTES = 2_000_000_000
+"""Gram matrices that are summed up in one pass over the tokens; more need more passes."""
+
+
+class GraphRunner:
+    """An ONNX Runtime session over whole samples, from an empty cache.
+
+    Args:
+        path: the graph.
+    """
+
+    def __init__(self, path: Path):
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._inputs = self._session.get_inputs()
+
+    def run(self, tokens: Tensor, outputs: Sequence[str], weights: Mapping[str, Any] | None = None) -> list[Any]:
+        """Some of the graph's outputs.
+
+        Args:
+            tokens: `[batch, length]`.
+            outputs: their names.
+            weights: values for weights that the graph takes as inputs.
+        """
+        feeds = {each.name: self._feed(each, tokens) for each in self._inputs}
+        found: list[Any] = self._session.run(list(outputs), {**feeds, **(weights or {})})
+        return found
+
+    def _feed(self, given: Any, tokens: Tensor) -> Any:
+        batch, length = tokens.shape
+        if given.name == "input_ids":
+            return tokens.numpy()
+        if given.name == "attention_mask":
+            return np.ones((batch, length), np.int64)
+        if given.name == "position_ids":
+            return np.broadcast_to(np.arange(length), (batch, length)).copy()
+        if given.name.startswith("past_key_values"):
+            _, heads, _, channels = given.shape
+            return np.zeros((batch, heads, 0, channels), np.float32)
+        raise ValueError(f"the graph has an input {given.name!r} that isn't known here.")
+
+
+@contextmanager
+def opened(model: Any, outputs: Sequence[str] = (), weights: Sequence[str] = ()) -> Iterator[GraphRunner]:
+    """A session over a graph that also gives inner activations, and takes weights.
+
+    Args:
+        model: an ONNX model; left as it is.
+        outputs: activations that become outputs.
+        weights: initializers whose value can be given to `run` in place of their own.
+    """
+    import onnx
+
+    graph = model.graph
+    count_outputs, count_inputs = len(graph.output), len(graph.input)
+    known = {value.name for value in graph.output}
+    graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs if name not in known)
+    initializers = {tensor.name: tensor for tensor in graph.initializer}
+    for name in weights:
+        tensor = initializers[name]
+        graph.input.append(onnx.helper.make_tensor_value_info(name, tensor.data_type, tensor.dims))
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.onnx"
+            # A copy, because saving as external data takes the weights out of the model that it is given.
+            if needs_external_data(graph):
+                copied = onnx.ModelProto()
+                copied.CopyFrom(model)
+                onnx.save(copied, path, save_as_external_data=True)
+            else:
+                onnx.save(model, path)
+            yield GraphRunner(path)
+    finally:
+        del graph.output[count_outputs:]
+        del graph.input[count_inputs:]
+
+
+def second_moments(model: Any, nodes: Sequence[DenseNode], tokens: Tensor) -> dict[str, Tensor]:
+    """Second moments of what goes into dense layers.
+
+    Args:
+        model: a float ONNX model.
+        nodes: the dense layers.
+        tokens: `[samples, length]`.
+
+    Returns:
+        Name of the activation -> `Σ_t x_t x_tᵀ`, `[d_in, d_in]`, float32.
+    """
+    widths = {node.inputs: node.shape[0] for node in nodes}
+    passes: list[list[str]] = [[]]
+    for name, width in widths.items():
+        if sum(widths[other] ** 2 for other in passes[-1]) * 4 + width**2 * 4 > _GRAM_BYTES and passes[-1]:
+            passes.append([])
+        passes[-1].append(name)
+    found: dict[str, Tensor] = {}
+    progress = tqdm(total=len(passes) * len(tokens), desc="Calibrating", unit="sample", disable=progress_disabled())
+    with progress:
+        for names in passes:
+            sums = {name: GramAccumulator(widths[name], dtype=torch.float32) for name in names}
+            with opened(model, outputs=names) as runner:
+                for sample in tokens.split(1):
+                    for name, values in zip(names, runner.run(sample, names), strict=True):
+                        sums[name].update(torch.from_numpy(values))
+                    progress.update()
+            found |= {name: total.value() for name, total in sums.items()}
+    return found

@@ -1,0 +1,110 @@
+"""What the quantizers have to know of an exported graph: its weights, who multiplies by them, how large they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+PROTOBUF_LIMIT = 2_000_000_000
+"""Bytes of weights above which a model needs a second file: protobuf ends at 2 GiB."""
+
+QUANTIZED_OPERATORS = {"MatMulNBits", "GatherBlockQuantized", "MatMulInteger", "DequantizeLinear"}
+
+
+@dataclass(frozen=True)
+class DenseNode:
+    """A multiplication by a constant matrix.
+
+    Attributes:
+        name: of the node.
+        weight: name of its matrix `[d_in, d_out]`; of a tied head, of the embedding `[d_out, d_in]`.
+        inputs: name of the activation that it reads.
+        shape: `(d_in, d_out)`.
+        is_tied: whether it multiplies by the transposed embedding.
+        is_head: whether it makes the logits.
+    """
+
+    name: str
+    weight: str
+    inputs: str
+    shape: tuple[int, int]
+    is_tied: bool = False
+    is_head: bool = False
+
+
+def load_float_graph(path: Path) -> Any:
+    """An exported float model, with `Gemm` written as `MatMul` and `Add`.
+
+    Raises:
+        ValueError: it is quantized already.
+    """
+    import onnx
+    from onnxruntime.quantization.onnx_model import ONNXModel
+
+    model = onnx.load(path)
+    if any(node.op_type in QUANTIZED_OPERATORS for node in model.graph.node):
+        raise ValueError(f"{path} is quantized already; give the float model.")
+    # OPT flattens batch and length before its FFN, which exports as Gemm.
+    ONNXModel(model).replace_gemm_with_matmul()
+    return model
+
+
+def dense_nodes(graph: Any) -> list[DenseNode]:
+    """The graph's multiplications by a constant matrix, in its order."""
+    constant = matrices(graph)
+    transposed = {node.output[0]: node.input[0] for node in transposed_matrices(graph)}
+    results = {value.name for value in graph.output}
+    found = []
+    for node in graph.node:
+        if node.op_type != "MatMul":
+            continue
+        inputs, weight = node.input
+        is_head = node.output[0] in results
+        if weight in constant:
+            rows, columns = constant[weight].dims
+            found.append(DenseNode(node.name, weight, inputs, (rows, columns), is_head=is_head))
+        elif weight in transposed:
+            columns, rows = constant[transposed[weight]].dims
+            found.append(DenseNode(node.name, transposed[weight], inputs, (rows, columns), True, is_head))
+    return found
+
+
+def products_of_activations(graph: Any) -> list[str]:
+    """Names of the multiplications that have no constant matrix."""
+    dense = {node.name for node in dense_nodes(graph)}
+    return [node.name for node in graph.node if node.op_type == "MatMul" and node.name not in dense]
+
+
+def matrices(graph: Any) -> dict[str, Any]:
+    """The graph's constant float matrices by name."""
+    from onnx import TensorProto
+
+    return {t.name: t for t in graph.initializer if t.data_type == TensorProto.FLOAT and len(t.dims) == 2}
+
+
+def transposed_matrices(graph: Any) -> Iterator[Any]:
+    """Nodes that transpose a constant float matrix."""
+    constant = matrices(graph)
+    return (node for node in graph.node if node.op_type == "Transpose" and node.input[0] in constant)
+
+
+def needs_external_data(graph: Any) -> bool:
+    """Whether the weights are too large for one protobuf file."""
+    return sum(tensor_bytes(tensor) for tensor in graph.initializer) > PROTOBUF_LIMIT
+
+
+def tensor_bytes(tensor: Any) -> int:
+    """Size of an initializer, whether it is loaded or not."""
+    lengths = [int(entry.value) for entry in tensor.external_data if entry.key == "length"]
+    return lengths[0] if lengths else len(tensor.raw_data)
+
+
+def weight_of(graph: Any, node: DenseNode) -> Any:
+    """A dense node's matrix as a NumPy array, `[d_out, d_in]`."""
+    from onnx import numpy_helper
+
+    values = numpy_helper.to_array(matrices(graph)[node.weight])
+    return values if node.is_tied else values.T
