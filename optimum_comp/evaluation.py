@@ -23,12 +23,15 @@ from tqdm.auto import tqdm
 
 from optimum_comp.atomic import require_finished
 from optimum_comp.calibration import PYDOC, read_text, tokenize
+from optimum_comp.checkpoint.reader import resolve_folder
 from optimum_comp.core.layer_scores import next_token_loss
+from optimum_comp.onnx.folders import GRAPH_FILES
 from optimum_comp.opening import trusted
-from optimum_comp.utils import lookup_arguments, peak_memory_bytes, progress_disabled
+from optimum_comp.sources import empty_model
+from optimum_comp.utils import file_bytes, lookup_arguments, parameter_count, peak_memory_bytes, progress_disabled
 
 
-_WEIGHT_FILES = ("*.safetensors", "*.bin", "*.onnx", "*.onnx_data", "*.onnx.data", "*.gguf")
+_WEIGHT_FILES = ("*.safetensors", "*.bin", "*.gguf", *GRAPH_FILES)
 
 
 @dataclass(frozen=True)
@@ -277,26 +280,17 @@ def answer(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> str:
 
 def count_parameters(config: Any) -> int:
     """Parameters of the model that a config describes, tied weights once; nothing is allocated."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    model.tie_weights()
-    return sum(parameter.numel() for parameter in model.parameters())
+    return parameter_count(empty_model(config, torch.float32))
 
 
 def weight_bytes(path: str | Path) -> int:
     """Size of a folder's weight files; of a hub id, what its cached snapshot holds."""
-    folder = Path(path)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-        try:
-            folder = Path(snapshot_download(str(path), local_files_only=True))
-        except LocalEntryNotFoundError:
-            return 0
-    return sum(file.stat().st_size for pattern in _WEIGHT_FILES for file in folder.glob(pattern))
+    try:
+        return file_bytes(resolve_folder(str(path), {"local_files_only": True}, _WEIGHT_FILES), _WEIGHT_FILES)
+    except LocalEntryNotFoundError:
+        return 0
 
 
 def evaluate_apart(path: str | Path, settings: Settings, **kwargs: Any) -> Evaluation:

@@ -9,13 +9,12 @@ from pathlib import Path
 
 import psutil
 import torch
-from torch import nn
 
 from optimum_comp.configuration import CompConfig
 from optimum_comp.distributed import Ranks
 from optimum_comp.layer_scoring import LOSS_SAMPLES
 from optimum_comp.sources import ModelSource
-from optimum_comp.utils import format_bytes
+from optimum_comp.utils import format_bytes, parameter_count
 
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -129,11 +128,6 @@ def workload_of(source: ModelSource, config: CompConfig, removed_layers: int, ra
     )
 
 
-def parameter_count(module: nn.Module) -> int:
-    """Parameters, shared ones once."""
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
 def solve_dtype(width: int) -> torch.dtype:
     """Float64 where the matrices are small; float32, scaled to a unit diagonal, where they are what memory goes to."""
     return torch.float64 if width <= _WIDEST_FLOAT64 else torch.float32
@@ -212,9 +206,9 @@ def predict(work: Workload, plan: MemoryPlan, base: int) -> MemoryPlan:
 
 def disk_bytes(work: Workload, plan: MemoryPlan, parameters_after: int, *, resumable: bool) -> int:
     """Space that the run takes on the disk at its worst, its result included."""
-    if work.whole_model:
-        return plan.spill_inputs * work.inputs_bytes + plan.spill_states * work.states_bytes
     spilled = plan.spill_inputs * work.inputs_bytes + plan.spill_states * work.states_bytes
+    if work.whole_model:
+        return spilled
     # Layer by layer, and once more while the shards are put together.
     return 2 * parameters_after * work.state + spilled + (2 * work.states_bytes if resumable else 0)
 

@@ -33,7 +33,6 @@ from optimum_comp.memory import (
     check_disk,
     disk_bytes,
     good_batch_size,
-    parameter_count,
     parse_bytes,
     plan_memory,
     workload_of,
@@ -41,7 +40,7 @@ from optimum_comp.memory import (
 from optimum_comp.opening import find_device, open_source
 from optimum_comp.report.run import CompReport, library_versions
 from optimum_comp.sources import ModelSource, ResidentModel, StreamedModel, part_name
-from optimum_comp.utils import format_bytes, get_logger, lookup_arguments, peak_memory_bytes
+from optimum_comp.utils import format_bytes, get_logger, lookup_arguments, parameter_count, peak_memory_bytes
 
 
 logger = get_logger(__name__)
@@ -157,7 +156,7 @@ class CompPruner:
         layer = layers[0]
         shape = Shape(
             num_layers=len(layers),
-            layer_parameters=sum(p.numel() for p in layer.parameters()),
+            layer_parameters=parameter_count(layer),
             width=spec.get_consumer(layer).weight.shape[1],
             neuron_parameters=spec.neuron_parameters(layer),
         )

@@ -5,12 +5,16 @@ from __future__ import annotations
 import ctypes
 import logging
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 from transformers.utils import logging as transformers_logging
 
+
+if TYPE_CHECKING:
+    from torch import nn
 
 ROOT_LOGGER = "transformers.optimum_comp"
 """A child of transformers' logger: its level, its handler and `TRANSFORMERS_VERBOSITY` hold here too."""
@@ -39,6 +43,16 @@ def format_bytes(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} TB"
+
+
+def file_bytes(folder: Path, patterns: Iterable[str]) -> int:
+    """Size of the files in a folder that match one of several patterns, none of which another one covers."""
+    return sum(path.stat().st_size for pattern in patterns for path in folder.glob(pattern))
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Parameters, shared ones once."""
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def release_free_memory() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -107,9 +108,7 @@ def _write_shard(ranges: dict[str, _Range], path: Path) -> None:
 
 
 def _width(item: _Range) -> int:
-    count = 1
-    for size in item.shape:
-        count *= size
+    count = math.prod(item.shape)
     return item.size // count if count else 0
 
 

@@ -19,6 +19,8 @@ from optimum_comp.utils import progress_disabled
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+MODEL_FILES = (WEIGHTS, INDEX, "model-*.safetensors", "config.json", "generation_config.json", *_PICKLES[1:])
+"""Of a pickle, the index alone: enough to know that there is one."""
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -173,13 +175,21 @@ def require_safetensors(source: str, folder: Path) -> None:
     raise OSError(f"{source} holds no weights: neither {WEIGHTS} nor {INDEX} is there.")
 
 
-def resolve_folder(source: str, lookup: dict[str, Any]) -> Path:
-    """The local folder of a model; of one on the hub, its files in the cache, downloaded if need be."""
+def resolve_folder(source: str, lookup: dict[str, Any], files: Iterable[str] = MODEL_FILES) -> Path:
+    """The local folder of a model; of one on the hub, the cache's.
+
+    Args:
+        source: folder or hub id.
+        lookup: how it is found (see `lookup_arguments`).
+        files: patterns of those that are wanted; what of them the cache lacks is downloaded.
+
+    Raises:
+        OSError: there is no such model, or it can't be reached.
+    """
     if Path(source).is_dir():
         return Path(source) / lookup.get("subfolder", "")
     from huggingface_hub import snapshot_download
 
     known = {k: v for k, v in lookup.items() if k in ("revision", "token", "cache_dir", "local_files_only")}
     subfolder = f"{lookup['subfolder']}/" if lookup.get("subfolder") else ""
-    patterns = (WEIGHTS, INDEX, "model-*.safetensors", "config.json", "generation_config.json", *_PICKLES[1:])
-    return Path(snapshot_download(source, allow_patterns=[subfolder + name for name in patterns], **known)) / subfolder
+    return Path(snapshot_download(source, allow_patterns=[subfolder + name for name in files], **known)) / subfolder

@@ -7,20 +7,21 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from optimum_comp.checkpoint.reader import resolve_folder
+
 
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
+    "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
+    "vocab.*",
     "merges.txt",
-    "tokenizer.model",
     "spiece.model",
-    "chat_template.json",
-    "chat_template.jinja",
+    "*.tiktoken",
+    "chat_template*",
+    "additional_chat_templates/",
 )
+"""Patterns of a tokenizer's files and folders, its chat templates included."""
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
@@ -31,7 +32,7 @@ def has_tokenizer(source: str, source_arguments: dict[str, Any]) -> bool:
     """
     if "gguf_file" in source_arguments or not Path(source).is_dir():
         return True
-    return _holds_tokenizer(_source_folder(source, source_arguments))
+    return _holds_tokenizer(Path(source) / source_arguments.get("subfolder", ""))
 
 
 def _holds_tokenizer(folder: Path) -> bool:
@@ -44,14 +45,22 @@ def save_tokenizer(folder: Path, tokenizer: Any, source: str | None, source_argu
     if tokenizer is None:
         return
     verbatim = source is not None and "gguf_file" not in source_arguments and tokenizer.name_or_path == source
-    origin = _source_folder(source, source_arguments) if source is not None and verbatim else None
+    origin = resolve_folder(source, source_arguments, TOKENIZER_FILES) if source is not None and verbatim else None
     if origin is not None and _holds_tokenizer(origin):
-        for name in TOKENIZER_FILES:
-            if (origin / name).is_file():
-                shutil.copyfile(origin / name, folder / name)
+        copy_tokenizer(origin, folder)
     else:
         tokenizer.save_pretrained(folder)
     _name_a_class_that_all_versions_know(folder / "tokenizer_config.json")
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy a tokenizer's files from folder to folder, over what is there."""
+    for pattern in TOKENIZER_FILES:
+        for path in source.glob(pattern):
+            if path.is_dir():
+                shutil.copytree(path, target / path.name, dirs_exist_ok=True)
+            else:
+                shutil.copyfile(path, target / path.name)
 
 
 def _name_a_class_that_all_versions_know(path: Path) -> None:
@@ -62,14 +71,3 @@ def _name_a_class_that_all_versions_know(path: Path) -> None:
     if settings.get("tokenizer_class") == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _source_folder(source: str, arguments: dict[str, Any]) -> Path:
-    """The local folder, or the hub's cache with the tokenizer's files in it."""
-    if Path(source).is_dir():
-        return Path(source) / arguments.get("subfolder", "")
-    from huggingface_hub import snapshot_download
-
-    known = {k: v for k, v in arguments.items() if k in ("revision", "token", "cache_dir", "local_files_only")}
-    cached = snapshot_download(source, allow_patterns=list(TOKENIZER_FILES), **known)
-    return Path(cached)
