@@ -113,4 +113,6 @@ def regularize(gram: Tensor, ridge: float) -> Tensor:
     Raises:
         FloatingPointError: the matrix holds NaN or infinity.
     """
-    return gram + torch.diag_embed(torch.full_like(gram.diagonal(), diagonal_shift(gram, ridge)))
+    regularized = gram.clone()
+    regularized.diagonal().add_(diagonal_shift(gram, ridge))
+    return regularized

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class CosineDistance:
-    """Streamed mean over tokens of `1 − cos(layer input, layer output)`; small for a layer that hardly acts.
+    """Streamed sum over tokens of `1 − cos(layer input, layer output)`; small for a layer that hardly acts.
 
     Attributes:
         sum: of the distances.
@@ -25,10 +25,6 @@ class CosineDistance:
         similarity = torch.nn.functional.cosine_similarity(inputs.double(), outputs.double(), dim=-1)
         self.sum += float((1.0 - similarity).sum())
         self.tokens += similarity.numel()
-
-    def value(self) -> float:
-        """Mean distance, in [0, 2]."""
-        return self.sum / max(self.tokens, 1)
 
 
 def next_token_loss(logits: Tensor, tokens: Tensor) -> tuple[float, int]:

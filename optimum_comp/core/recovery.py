@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 
 from optimum_comp.core.gram import diagonal_shift, regularize
 from optimum_comp.core.quadratic import Problem, gram_form, mask_form, mask_gram, optimum, share_own, solve
 
 
-FORMS = {"condition_gram": "least_squares", "condition_mask": "mask"}
+RECOVERIES: dict[str, str | None] = {
+    "least_squares": "condition_gram",
+    "mask": "condition_mask",
+    "none": None,
+}
+"""Recoveries, and the form of the quadratic problem that each solves.
+
+`least_squares` re-fits every kept column, `W_S ← T* Q_:S (Q_SS)⁻¹` (FASP's restoration, arXiv 2501.09412); `mask` one
+factor for each of them, folded into it (the COMP paper's mask tuning); `none` keeps them as they are, and can't be
+aimed at other outputs.
+"""
+
+FORMS = {form: name for name, form in RECOVERIES.items() if form is not None}
 """Forms of the matrix-condition metric, and the recovery whose re-fit each assumes."""
 
 
@@ -36,47 +46,25 @@ def problem_of(
         overwrite: the problem's matrix may take the Gram matrix's memory.
     """
     if form == "condition_gram":
-        matrix = gram if overwrite else gram.clone()
-        shift = diagonal_shift(matrix, ridge)
-        matrix.diagonal().add_(shift)
-        return share_own(gram_form(weight, matrix, cross), own_share, shift)
-    if form == "condition_mask":
-        matrix = mask_gram(weight, gram)
-        shift = diagonal_shift(matrix, ridge)
-        matrix.diagonal().add_(shift)
-        return share_own(mask_form(weight, matrix, cross), own_share, shift)
-    raise ValueError(f"neuron metric {form!r} has no quadratic form; these have: {', '.join(FORMS)}.")
+        problem = gram_form(weight, gram if overwrite else gram.clone(), cross)
+    elif form == "condition_mask":
+        problem = mask_form(weight, mask_gram(weight, gram), cross)
+    else:
+        raise ValueError(f"neuron metric {form!r} has no quadratic form; these have: {', '.join(FORMS)}.")
+    shift = diagonal_shift(problem.matrix, ridge)
+    problem.matrix.diagonal().add_(shift)
+    return share_own(problem, own_share, shift)
 
 
-def _no_recovery(weight: Tensor, problem: Problem | None, kept: Tensor) -> Tensor:
-    return weight[:, kept]
+def weight_of(form: str, columns: Tensor, solution: Tensor) -> Tensor:
+    """The repaired weight that a solution of a form's problem stands for, `[d_out, |S|]`.
 
-
-def _mask_tuning(weight: Tensor, problem: Problem | None, kept: Tensor) -> Tensor:
-    return weight[:, kept] * solve(_given(problem), kept)
-
-
-def _least_squares(weight: Tensor, problem: Problem | None, kept: Tensor) -> Tensor:
-    return solve(_given(problem), kept)
-
-
-def _given(problem: Problem | None) -> Problem:
-    if problem is None:
-        raise ValueError("this recovery solves a quadratic problem, and none was given.")
-    return problem
-
-
-RECOVERIES: dict[str, tuple[str | None, Callable[[Tensor, Problem | None, Tensor], Tensor]]] = {
-    "least_squares": ("condition_gram", _least_squares),
-    "mask": ("condition_mask", _mask_tuning),
-    "none": (None, _no_recovery),
-}
-"""Form of the quadratic problem, and `(weight [d_out, d_in], problem, kept [|S|]) -> [d_out, |S|]`.
-
-`least_squares` re-fits every kept column, `W_S ← T* Q_:S (Q_SS)⁻¹` (FASP's restoration, arXiv 2501.09412); `mask` one
-factor for each of them, folded into it (the COMP paper's mask tuning); `none` keeps them as they are, and can't be
-aimed at other outputs.
-"""
+    Args:
+        form: a name in `FORMS`.
+        columns: kept columns of the weight, `[d_out, |S|]`.
+        solution: the optimum on them, `[rows, |S|]`.
+    """
+    return solution if form == "condition_gram" else columns * solution
 
 
 def recover(
@@ -99,10 +87,11 @@ def recover(
         cross: see `problem_of`.
         own_share: see `problem_of`.
     """
-    form, repair = RECOVERIES[name]
-    weight = weight.to(gram.dtype)
-    problem = None if form is None else problem_of(form, weight, gram, ridge, cross, own_share)
-    return repair(weight, problem, kept)
+    form, weight = RECOVERIES[name], weight.to(gram.dtype)
+    if form is None:
+        return weight[:, kept]
+    problem = problem_of(form, weight, gram, ridge, cross, own_share)
+    return weight_of(form, weight[:, kept], solve(problem, kept))
 
 
 def refit(weight: Tensor, gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
@@ -127,20 +116,3 @@ def energy(weight: Tensor, gram: Tensor) -> float:
     """Squared output of a dense layer over all tokens, `tr(W G Wᵀ)`."""
     weight = weight.to(gram.dtype)
     return float((weight @ gram).mul_(weight).sum())
-
-
-def relative_error(weight: Tensor, repaired: Tensor, gram: Tensor, kept: Tensor) -> float:
-    """Squared difference that the removal makes to the layer's output, over the squared output.
-
-    `‖XWᵀ − X_S W_Sᵀ‖² / ‖XWᵀ‖²`; what a repair aims at elsewhere counts as a difference too.
-
-    Args:
-        weight: `[d_out, d_in]` before.
-        repaired: `[d_out, |S|]` after.
-        gram: `[d_in, d_in]`, not regularised.
-        kept: `[|S|]`.
-    """
-    difference = weight.to(gram.dtype, copy=True)
-    difference[:, kept] -= repaired.to(gram.dtype)
-    whole = energy(weight, gram)
-    return energy(difference, gram) / whole if whole > 0 else 0.0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from optimum_comp.core.quadratic import eliminate, optimum
-from optimum_comp.core.recovery import FORMS, energy, problem_of, recover
+from optimum_comp.core.recovery import FORMS, energy, problem_of, recover, weight_of
 
 
 def magnitude(weight: Tensor, gram: Tensor, generator: torch.Generator) -> Tensor:
@@ -97,7 +97,7 @@ def reduce_channels(
     if FORMS.get(metric) == recovery:
         problem = problem_of(metric, weight, gram, ridge, cross, own_share, overwrite=overwrite)
         found = eliminate(problem, keep, block_size, overwrite=True)
-        repaired = found.target if recovery == "least_squares" else weight[:, found.kept] * found.target
+        repaired = weight_of(metric, weight[:, found.kept], found.target)
         return Reduction(found.kept, repaired, found.scores, found.cost)
     if metric in SCORES:
         scores = SCORES[metric](weight, gram, generator)
