@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from optimum_comp.sources import ModelSource
+from optimum_comp.states import ActivationStore, rows_of
 
 
 class _StopForward(Exception):  # noqa: N818 - control flow, never an error that a user sees
@@ -63,11 +64,12 @@ class LayerRunner:
         example: one sample, `[1, length]`; all later batches have this length.
 
     Attributes:
+        source: the dense model.
         seconds_per_layer: wall time of the first layer on that sample.
     """
 
     def __init__(self, source: ModelSource, example: Tensor):
-        self._source = source
+        self.source = source
         self._model = source.model
         self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self._is_tuple = False
@@ -76,7 +78,7 @@ class LayerRunner:
             self._record(example)
 
     def _record(self, example: Tensor) -> None:
-        first_layer, last = self._source.layers[0], len(self._source.layers) - 1
+        first_layer, last = self.source.layers[0], len(self.source.layers) - 1
         compute = first_layer.forward
 
         def record(*args: Any, **kwargs: Any) -> Any:
@@ -101,7 +103,7 @@ class LayerRunner:
     @contextlib.contextmanager
     def _standing_in(self, forwards: list[Callable[..., Any]]) -> Iterator[None]:
         """Other functions in place of the decoder layers' `forward`; their other attributes stay readable."""
-        layers = list(self._source.layers)
+        layers = list(self.source.layers)
         for layer, forward in zip(layers, forwards, strict=True):
             layer.forward = forward
         try:
@@ -124,6 +126,17 @@ class LayerRunner:
         with self._standing_in([stop] * len(self._arguments)), contextlib.suppress(_StopForward):
             self._model.base_model(input_ids=tokens, use_cache=False)
         return found[0]
+
+    def embed_all(self, batches: Sequence[Tensor], states: ActivationStore) -> None:
+        """Fill a store with the hidden states that enter the first decoder layer.
+
+        Args:
+            batches: the store's samples in order, each `[batch, length]`.
+            states: where they go.
+        """
+        with self.source.outside():
+            for rows, batch in zip(rows_of(batches), batches, strict=True):
+                states.write(rows, self.embed(batch.to(self.source.device)))
 
     def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """What the model makes of hidden states `[batch, length, hidden]` that leave its last decoder layer.
@@ -150,4 +163,4 @@ class LayerRunner:
         To be called inside `source.layer(index)`.
         """
         args, kwargs = self._arguments[index]
-        return first(self._source.layers[index](hidden, *args, **kwargs))
+        return first(self.source.layers[index](hidden, *args, **kwargs))

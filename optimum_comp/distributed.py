@@ -59,15 +59,15 @@ class Ranks:
                 "processes."
             )
 
-    def batches(self, tokens: Tensor, batch_size: int) -> tuple[list[Tensor], range]:
-        """The batches of all processes, which are those that a single one would form, and which are this one's.
+    def batches(self, tokens: Tensor, batch_size: int) -> list[Tensor]:
+        """This process's share of the batches that a single one would form of all samples `[samples, length]`.
 
         So sums agree closely, however many processes there are.
         """
         # Smaller batches rather than a process with nothing to do.
         batches = list(tokens.split(min(batch_size, tokens.shape[0] // self.size)))
         start = self.rank * (len(batches) // self.size) + min(self.rank, len(batches) % self.size)
-        return batches, range(start, start + self.share(len(batches)))
+        return batches[start : start + self.share(len(batches))]
 
     def sum_(self, *tensors: Tensor | None) -> None:
         """Replace each tensor by its sum over all processes."""

@@ -29,7 +29,6 @@ from optimum_comp.journal import Journal
 from optimum_comp.layer_scoring import LAYER_SCORES
 from optimum_comp.memory import MemoryPlan, solve_dtype
 from optimum_comp.report.run import LayerReport
-from optimum_comp.sources import ModelSource
 from optimum_comp.states import ActivationStore, rows_of
 from optimum_comp.utils import progress_disabled, release_free_memory
 
@@ -88,7 +87,7 @@ class PruningRun:
     """One run over all layers of a model.
 
     Args:
-        source: the dense model; takes the pruned layers.
+        runner: runs the dense model's layers; its source takes the pruned ones.
         config: how to prune.
         width: neurons of a layer that stay.
         removable: how many whole layers go, and which may not.
@@ -96,12 +95,13 @@ class PruningRun:
         plan: how the work is cut.
         ranks: the processes that share it.
         folder: for files that the work needs; `None` if it needs none.
-        journal: where finished layers are recorded; `None` for a run that can't be gone on with.
+        journal: where finished layers are recorded, in the first process; `None` in the others, and for a run that
+            can't be gone on with.
     """
 
     def __init__(
         self,
-        source: ModelSource,
+        runner: LayerRunner,
         config: CompConfig,
         width: int,
         removable: tuple[int, set[int]],
@@ -111,25 +111,26 @@ class PruningRun:
         folder: Path | None,
         journal: Journal | None,
     ):
-        self.source, self.config, self.width, self.ranks = source, config, width, ranks
-        self.spec = source.spec
+        self.source, self.config, self.width, self.ranks = runner.source, config, width, ranks
+        self.spec = self.source.spec
         self.clock = Stopwatch()
+        self._runner = runner
         self._removable = removable
         self._tokens = tokens
-        batches, mine = ranks.batches(tokens, plan.batch_size)
-        self._batches = [batches[number] for number in mine]
+        self._batches = ranks.batches(tokens, plan.batch_size)
         self._rows = rows_of(self._batches)
         self._plan = plan
         self._folder = folder
         self._journal = journal
+        self._is_recorded = ranks.from_first(journal is not None)
         self._stores: list[ActivationStore] = []
         self._writer = ThreadPoolExecutor(max_workers=1)
         self._writing: Future[None] | None = None
-        consumer = self.spec.get_consumer(source.layers[0])
+        consumer = self.spec.get_consumer(self.source.layers[0])
         self._hidden, self._neurons = consumer.weight.shape
         self._solving = solve_dtype(self._neurons)
 
-    def run(self, runner: LayerRunner) -> Pruned:
+    def run(self) -> Pruned:
         """Prune every layer that stays, in order.
 
         Raises:
@@ -138,7 +139,7 @@ class PruningRun:
             OSError: no space, or another trouble with files.
         """
         try:
-            pruned = self._run(runner)
+            pruned = self._run()
             self._until_written()
             return pruned
         finally:
@@ -147,22 +148,22 @@ class PruningRun:
             for store in self._stores:
                 store.close()
 
-    def _run(self, runner: LayerRunner) -> Pruned:
+    def _run(self) -> Pruned:
         own = self._store("own", self._hidden, self._plan.spill_states)
-        done = self._journal.finished if self._journal is not None and self.ranks.is_first else 0
-        done = self.ranks.from_first(done)
-        removed, scores = self._coarse(runner, own)
+        done = self.ranks.from_first(0 if self._journal is None else self._journal.finished)
+        removed, scores = self._coarse(own)
         kept_layers = [index for index in range(len(self.source.layers)) if index not in removed]
-        self._embed(runner, own)
-        additive = self._adds_to_residual(runner, kept_layers[0], own)
+        with self.clock("forward"):
+            self._runner.embed_all(self._batches, own)
+        additive = self._adds_to_residual(kept_layers[0], own)
         aligned = additive and self.config.alignment > 0 and self.config.recovery != "none"
         # Two streams of hidden states: the pruned model's own, and the dense model's, which the repair leans on.
         dense = self._store("dense", self._hidden, self._plan.spill_states) if aligned else None
         inputs = self._store("inputs", self._neurons, self._plan.spill_inputs) if additive else None
         if done:
             self._restore(done, own, dense)
-        else:
-            self._advance(runner, range(kept_layers[0]), own, dense)
+        elif dense is not None:
+            self._advance(range(kept_layers[0]), own, dense)
 
         reports = [self._recorded(place) for place in range(done)] if self.ranks.is_first else []
         progress = tqdm(
@@ -179,15 +180,15 @@ class PruningRun:
                 bridged = bool(gap) and self.config.bridge and additive
                 with _names_layer(f"{self.spec.layers}.{index}.{self.spec.consumer}"):
                     moments = self._observe(
-                        runner, index, gap if bridged else range(0), own, inputs, dense, is_first=index == 0
+                        index, gap if bridged else range(0), own, inputs, dense, is_first=index == 0
                     )
                     found = self._decide(index, moments)
                 del moments
                 release_free_memory()
                 if dense is not None and not bridged:
-                    self._pass(runner, gap, dense)
+                    self._pass(gap, dense)
                 self._commit(place, index, found)
-                energy = self._update(runner, index, found, own, inputs)
+                energy = self._update(index, found, own, inputs)
                 error = found.error / (found.error + energy) if found.error > 0 else 0.0
                 report = LayerReport(index, found.kept.tolist(), found.scores.tolist(), error, bridged=bridged)
                 reports.append(report)
@@ -210,46 +211,34 @@ class PruningRun:
     def _read(self, store: ActivationStore, rows: slice) -> Tensor:
         return store.read(rows, self.source.device, self.source.compute_dtype)
 
-    def _embed(self, runner: LayerRunner, own: ActivationStore) -> None:
-        with self.clock("forward"), self.source.outside():
-            for rows, batch in zip(self._rows, self._batches, strict=True):
-                own.write(rows, runner.embed(batch.to(self.source.device)))
-
-    def _coarse(self, runner: LayerRunner, scratch: ActivationStore) -> tuple[list[int], list[float]]:
+    def _coarse(self, scratch: ActivationStore) -> tuple[list[int], list[float]]:
         """Which layers go, and every layer's score (empty if none goes)."""
         count, protected = self._removable
         if count == 0:
             return [], []
-        if self._journal is not None and self.ranks.is_first and "removed" in self._journal.state:
-            found = (self._journal.state["removed"], self._journal.state["layer_scores"])
-        else:
-            found = None
-        found = self.ranks.from_first(found)
+        state = {} if self._journal is None else self._journal.state
+        found = self.ranks.from_first((state["removed"], state["layer_scores"]) if "removed" in state else None)
         if found is None:
             with self.clock("forward"):
                 score = LAYER_SCORES[self.config.layer_metric]
-                scores = score(self.source, runner, self._tokens, self._batches, self.ranks, scratch)
+                scores = score(self._runner, self._tokens, self._batches, self.ranks, scratch)
             found = (least_important(scores, count, protected), scores)
-            if self._journal is not None and self.ranks.is_first:
+            if self._journal is not None:
                 self._journal.record(removed=found[0], layer_scores=found[1])
         return found
 
-    def _advance(
-        self, runner: LayerRunner, indices: range, own: ActivationStore, dense: ActivationStore | None
-    ) -> None:
+    def _advance(self, indices: range, own: ActivationStore, dense: ActivationStore) -> None:
         """Start the dense stream where the own one begins, and take it through removed layers at the very front."""
-        if dense is None:
-            return
         for rows in self._rows:
             dense.write(rows, own.read(rows, torch.device("cpu"), own.dtype))
-        self._pass(runner, indices, dense)
+        self._pass(indices, dense)
 
-    def _pass(self, runner: LayerRunner, indices: range, states: ActivationStore) -> None:
+    def _pass(self, indices: range, states: ActivationStore) -> None:
         """Take hidden states through several dense layers."""
         for index in indices:
             with self._layer(index), self.clock("forward"):
                 for rows in self._rows:
-                    states.write(rows, runner.run(index, self._read(states, rows)))
+                    states.write(rows, self._runner.run(index, self._read(states, rows)))
 
     @contextlib.contextmanager
     def _layer(self, index: int) -> Iterator[torch.nn.Module]:
@@ -258,18 +247,18 @@ class PruningRun:
                 layer = stack.enter_context(self.source.layer(index))
             yield layer
 
-    def _adds_to_residual(self, runner: LayerRunner, index: int, own: ActivationStore) -> bool:
+    def _adds_to_residual(self, index: int, own: ActivationStore) -> bool:
         """Whether the layer's output is the tapped layer's output plus the consumer's (no norm in between).
 
         Measured, not declared: OPT-350m differs from its siblings in this by one config field.
         """
         with self._layer(index) as layer:
             hidden = self._read(own, slice(0, 1))
-            whole = runner.run(index, hidden)
+            whole = self._runner.run(index, hidden)
             consumer = self.spec.get_consumer(layer)
             tap = Tap(consumer)
             with replaced(layer, self.spec.consumer, tap):
-                residual = runner.run(index, hidden)
+                residual = self._runner.run(index, hidden)
             assert tap.inputs is not None
             rebuilt = residual + functional.linear(tap.inputs, consumer.weight).view_as(residual)
         tolerance = 16 * torch.finfo(hidden.dtype).eps
@@ -278,7 +267,6 @@ class PruningRun:
 
     def _observe(
         self,
-        runner: LayerRunner,
         index: int,
         gap: range,
         own: ActivationStore,
@@ -294,7 +282,6 @@ class PruningRun:
         behind the layer and the gap.
 
         Args:
-            runner: runs decoder layers.
             index: the layer.
             gap: removed layers behind it that it is to stand in for.
             own: the pruned model's hidden states.
@@ -313,7 +300,7 @@ class PruningRun:
             tap = Tap(consumer)
             for rows in self._rows:
                 with clock("forward"), replaced(layer, self.spec.consumer, tap):
-                    residual = runner.run(index, self._read(own, rows))
+                    residual = self._runner.run(index, self._read(own, rows))
                 seen = tap.inputs
                 if seen is None:
                     raise RuntimeError(f"layer {index} never called its {self.spec.consumer}.")
@@ -327,7 +314,7 @@ class PruningRun:
                 with clock("forward"):
                     # Before anything is pruned, the dense model's hidden states are the pruned one's.
                     same = residual + functional.linear(seen, weight).view_as(residual) if is_first else None
-                    wanted = runner.run(index, self._read(dense, rows)) if same is None else same
+                    wanted = self._runner.run(index, self._read(dense, rows)) if same is None else same
                     dense.write(rows, wanted)
                 if cross is not None:
                     with clock("gram"):
@@ -337,11 +324,10 @@ class PruningRun:
             self.ranks.sum_(gram.sum, cross)
             share = self.config.alignment
             return Moments(gram.value(), None if cross is None else cross.mul_(share), share, weight)
-        return self._observe_gap(runner, gap, own, inputs, dense, gram, weight)
+        return self._observe_gap(gap, own, inputs, dense, gram, weight)
 
     def _observe_gap(
         self,
-        runner: LayerRunner,
         gap: range,
         own: ActivationStore,
         inputs: ActivationStore,
@@ -355,9 +341,9 @@ class PruningRun:
         whole = self._store("whole", self._hidden, self._plan.spill_states)
         for rows in self._rows:
             whole.write(rows, self._read(own, rows) + functional.linear(self._read(inputs, rows), weight))
-        self._pass(runner, gap, whole)
+        self._pass(gap, whole)
         if dense is not None:
-            self._pass(runner, gap, dense)
+            self._pass(gap, dense)
         with self.clock("gram"):
             for rows in self._rows:
                 seen, wanted = self._read(inputs, rows), self._read(whole, rows)
@@ -409,7 +395,6 @@ class PruningRun:
 
     def _update(
         self,
-        runner: LayerRunner,
         index: int,
         found: Reduction,
         own: ActivationStore,
@@ -440,7 +425,7 @@ class PruningRun:
 
             hook = consumer.register_forward_hook(add)
             for rows in self._rows:
-                own.write(rows, runner.run(index, self._read(own, rows)))
+                own.write(rows, self._runner.run(index, self._read(own, rows)))
             hook.remove()
         self.ranks.sum_(energy)
         return float(energy)
@@ -451,7 +436,7 @@ class PruningRun:
         One process alone writes a copy of hidden states that are in memory beside the next layer's work: the disk
         takes its time. Several have to agree that all have written.
         """
-        if self._folder is None or not self.ranks.from_first(self._journal is not None):
+        if not self._is_recorded:
             return
         with self.clock("write"):
             self._until_written()
@@ -471,7 +456,7 @@ class PruningRun:
         for name, store in states.items():
             store.save(self._state_file(name, place + 1))
         self.ranks.wait()
-        if self._journal is not None and self.ranks.is_first:
+        if self._journal is not None:
             with durably(self._report_file(place)) as partial:
                 partial.write_text(json.dumps(dataclasses.asdict(report)), encoding="utf-8")
             self._journal.record(finished=place + 1)

@@ -22,18 +22,11 @@ cost and its memory."""
 
 
 def cosine_scores(
-    source: ModelSource,
-    runner: LayerRunner,
-    tokens: Tensor,
-    batches: list[Tensor],
-    ranks: Ranks,
-    scratch: ActivationStore,
+    runner: LayerRunner, tokens: Tensor, batches: list[Tensor], ranks: Ranks, scratch: ActivationStore
 ) -> list[float]:
     """`1 − cos(input, output)` of each layer, averaged over tokens, from one pass."""
-    rows = rows_of(batches)
-    with source.outside():
-        for part, batch in zip(rows, batches, strict=True):
-            scratch.write(part, runner.embed(batch.to(source.device)))
+    source, rows = runner.source, rows_of(batches)
+    runner.embed_all(batches, scratch)
     sums = torch.zeros(len(source.layers), 2, dtype=torch.float64)
     for index in _progress(source, ranks):
         distance = CosineDistance()
@@ -44,23 +37,18 @@ def cosine_scores(
                 distance.update(states, output)
                 scratch.write(part, output)
         sums[index] = torch.tensor([distance.sum, distance.tokens])
-    ranks.sum_(sums)
-    return (sums[:, 0] / sums[:, 1]).tolist()
+    return _means(sums, ranks)
 
 
 def loss_scores(
-    source: ModelSource,
-    runner: LayerRunner,
-    tokens: Tensor,
-    batches: list[Tensor],
-    ranks: Ranks,
-    scratch: ActivationStore,
+    runner: LayerRunner, tokens: Tensor, batches: list[Tensor], ranks: Ranks, scratch: ActivationStore
 ) -> list[float]:
     """Mean next-token loss (nats) with each layer skipped in turn.
 
     All variants go through a layer together: the whole model's own hidden states, and a copy for every layer before,
     which parted from them where that layer was skipped.
     """
+    source = runner.source
     mine = tokens[:LOSS_SAMPLES][ranks.rank :: ranks.size].to(source.device)
     samples = [mine[number : number + 1] for number in range(mine.shape[0])]
     with source.outside():
@@ -77,8 +65,7 @@ def loss_scores(
         for index, variant in enumerate(variants):
             for sample, states in zip(samples, variant, strict=True):
                 sums[index] += torch.tensor(next_token_loss(runner.logits(sample, states), sample))
-    ranks.sum_(sums)
-    return (sums[:, 0] / sums[:, 1]).tolist()
+    return _means(sums, ranks)
 
 
 def _progress(source: ModelSource, ranks: Ranks) -> Iterable[int]:
@@ -86,11 +73,17 @@ def _progress(source: ModelSource, ranks: Ranks) -> Iterable[int]:
     return tqdm(range(len(source.layers)), desc="Scoring layers", unit="layer", disable=disable)
 
 
-LayerScore = Callable[[ModelSource, LayerRunner, Tensor, list[Tensor], Ranks, ActivationStore], list[float]]
+def _means(sums: Tensor, ranks: Ranks) -> list[float]:
+    """A mean for each layer, from this process's sums and counts `[layers, 2]`."""
+    ranks.sum_(sums)
+    return (sums[:, 0] / sums[:, 1]).tolist()
+
+
+LayerScore = Callable[[LayerRunner, Tensor, list[Tensor], Ranks, ActivationStore], list[float]]
 
 LAYER_SCORES: dict[str, LayerScore] = {
     "cosine": cosine_scores,
     "loss": loss_scores,
 }
-"""Dense model, runner, all samples `[samples, length]`, this process's batches of them, the processes, and a store of
-hidden states of those batches that may be overwritten -> a score a layer; low ones go first."""
+"""Runner of the dense model, all samples `[samples, length]`, this process's batches of them, the processes, and a
+store of hidden states of those batches that may be overwritten -> a score a layer; low ones go first."""

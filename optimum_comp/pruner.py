@@ -257,13 +257,13 @@ class CompPruner:
         journal = self._begin(unfinished, folder, config, samples, plan, fingerprint)
         place = self._workplace(folder, plan)
         removable = (allocation.layers, _protected(config, work.layers))
-        run = PruningRun(
-            self._source, config, allocation.width, removable, samples.tokens, plan, self._ranks, place, journal
-        )
         with contextlib.nullcontext() if journal is None else journal.guard():
             runner = LayerRunner(self._source, samples.tokens[:1].to(self._source.device))
             self._announce(config, allocation, work, plan, runner.seconds_per_layer, disk, journal)
-            pruned = run.run(runner)
+            run = PruningRun(
+                runner, config, allocation.width, removable, samples.tokens, plan, self._ranks, place, journal
+            )
+            pruned = run.run()
             with run.clock("write"):
                 self._shrink(pruned, allocation)
                 self.report = self._report(config, allocation, samples, pruned, before, before - gone)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
 
@@ -81,18 +81,15 @@ class ActivationStore:
 
     def copy(self) -> ActivationStore:
         """The same in memory of its own."""
-        other = ActivationStore(0, *self.shape[1:], self.dtype)
-        other.shape, other.num_bytes, other._row = self.shape, self.num_bytes, self._row
-        other._values = self._values.clone()
+        other = ActivationStore(*self.shape, self.dtype)
+        other.write(slice(None), self._values)
         return other
 
     def save(self, path: Path) -> None:
         """Write a copy that survives a power cut."""
-        flat = self._values.view(-1).view(torch.uint8)
         with durably(path) as partial, partial.open("wb") as stream:
-            for start in range(0, flat.numel(), _COPY_BYTES):
-                stream.write(flat[start : start + _COPY_BYTES].numpy().data)
-                self._release(slice(start // self._row, -(-(start + _COPY_BYTES) // self._row)))
+            for block in self._blocks():
+                stream.write(block)
 
     def load(self, path: Path) -> None:
         """Read what `save` wrote.
@@ -102,11 +99,16 @@ class ActivationStore:
         """
         if path.stat().st_size != self.num_bytes:
             raise OSError(f"{path.name} holds {path.stat().st_size} bytes where {self.num_bytes} are wanted.")
-        flat = self._values.view(-1).view(torch.uint8)
         with path.open("rb") as stream:
-            for start in range(0, flat.numel(), _COPY_BYTES):
-                stream.readinto(flat[start : start + _COPY_BYTES].numpy().data)
-                self._release(slice(start // self._row, -(-(start + _COPY_BYTES) // self._row)))
+            for block in self._blocks():
+                stream.readinto(block)
+
+    def _blocks(self) -> Iterator[memoryview]:
+        """All bytes, a piece at a time; none is used after the next one is asked for."""
+        flat = self._values.view(-1).view(torch.uint8)
+        for start in range(0, flat.numel(), _COPY_BYTES):
+            yield flat[start : start + _COPY_BYTES].numpy().data
+            self._release(slice(start // self._row, -(-(start + _COPY_BYTES) // self._row)))
 
     def close(self) -> None:
         """Let go of memory and file."""
