@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -22,18 +23,33 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from optimum_comp.memory import MemoryPlan, Workload, disk_bytes, good_batch_size, predict
-from optimum_comp.utils import format_bytes
+from optimum_comp import CompConfig, CompPruner
+from optimum_comp.distributed import Ranks
+from optimum_comp.families import family_of
+from optimum_comp.memory import MemoryPlan, Workload, disk_bytes, good_batch_size, predict, workload_of
+from optimum_comp.sources import ResidentModel, empty_model
+from optimum_comp.utils import file_bytes, format_bytes, parameter_count
 
 
 DEPTH = 32
-PAPER = {
-    "LLaMA-2 7B": (32, 4096, 11008, 64, 32000),
-    "LLaMA-2 13B": (40, 5120, 13824, 64, 32000),
-    "LLaMA-2 70B": (80, 8192, 28672, 8, 32000),
-}
-"""Layers, hidden size, feed-forward width, key-value heads of 64 query heads' worth, vocabulary."""
 SHAPE = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32000}
+PAPER: dict[str, dict[str, int]] = {
+    "LLaMA-2 7B": {"num_hidden_layers": 32},
+    "LLaMA-2 13B": {
+        "num_hidden_layers": 40,
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_attention_heads": 40,
+    },
+    "LLaMA-2 70B": {
+        "num_hidden_layers": 80,
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
+}
+"""Shapes, by what differs from LLaMA-2-7B's in `SHAPE`."""
 
 
 def write_checkpoint(folder: Path, layers: int, **shape: int) -> None:
@@ -77,8 +93,6 @@ def write_checkpoint(folder: Path, layers: int, **shape: int) -> None:
 
 def prune_here(folder: Path, samples: int, length: int, max_memory: str | None) -> None:
     """Prune, and leave the summary as JSON."""
-    from optimum_comp import CompConfig, CompPruner
-
     tokens = torch.randint(0, SHAPE["vocab_size"], (samples, length), generator=torch.Generator().manual_seed(0))
     config = CompConfig(num_samples=samples, sequence_length=length)
     pruner = CompPruner.from_pretrained(folder / "dense")
@@ -120,34 +134,23 @@ def on_paper(samples: int, length: int, rate: float) -> None:
     print(f"{samples} x {length} tokens, 20 % of the layers; {rate / 1e9:.0f} GFLOP/s, {format_bytes(base)} at rest\n")
     print("| model | checkpoint | peak memory | at the least | disk | time | 2 processes | forward pass |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
-    for name, (layers, hidden, width, heads, vocabulary) in PAPER.items():
-        attention = 2 * hidden * hidden + 2 * hidden * (hidden * heads // 64 if heads < 64 else hidden)
-        parameters = attention + 3 * hidden * width + 2 * hidden
-        kept = (width - round(0.2 * parameters / (3 * hidden))) // 32 * 32
-        work = Workload(
-            samples=samples,
-            length=length,
-            hidden=hidden,
-            width=width,
-            layers=layers,
-            layer_parameters=parameters,
-            outside_parameters=vocabulary * hidden,
-            compute=4,
-            state=2,
-            whole_model=0,
-            is_aligned=True,
-            has_mask_form=False,
-        )
+    config = CompConfig(num_samples=samples, sequence_length=length)
+    for name, shape in PAPER.items():
+        llama = LlamaConfig(**{**SHAPE, **shape})
+        source = ResidentModel(empty_model(llama, torch.bfloat16), family_of(llama))
+        allocation = CompPruner(source).plan(config)
+        # As if it were streamed, and widened to float32 while a layer runs.
+        work = replace(workload_of(source, config, allocation.layers, Ranks()), compute=4, whole_model=0)
+        parameters = parameter_count(source.model)
         plans = [
             predict(work, MemoryPlan(batch, False, False, 0), base),
             predict(work, MemoryPlan(1, True, True, 0), base),
         ]
-        after = layers * (parameters - 3 * hidden * (width - kept)) + 2 * vocabulary * hidden
-        disk = disk_bytes(work, plans[0], after, resumable=True)
-        over_tokens, solving = operations(work, kept)
-        seconds = [layers * (over_tokens / ranks + solving) / rate for ranks in (1, 2)]
-        forward = layers * samples * length * 2 * (parameters + 2 * length * hidden / 2) / rate
-        cells = [format_bytes(2 * (layers * parameters + 2 * vocabulary * hidden))]
+        disk = disk_bytes(work, plans[0], parameters - allocation.parameters, resumable=True)
+        over_tokens, solving = operations(work, allocation.width)
+        seconds = [work.layers * (over_tokens / ranks + solving) / rate for ranks in (1, 2)]
+        forward = work.layers * samples * length * 2 * (work.layer_parameters + length * work.hidden) / rate
+        cells = [format_bytes(2 * parameters)]
         cells += [format_bytes(plan.peak_bytes) for plan in plans] + [format_bytes(disk)]
         cells += [f"{each / 3600:.1f} h" for each in (*seconds, forward)]
         print(f"| {name} | {' | '.join(cells)} |")
@@ -179,7 +182,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
             folder = Path(scratch)
             write_checkpoint(folder / "dense", layers)
-            size = sum(file.stat().st_size for file in (folder / "dense").glob("*.safetensors"))
+            size = file_bytes(folder / "dense", ["*.safetensors"])
             given = [scratch, str(args.num_samples), str(args.sequence_length), args.max_memory or ""]
             subprocess.run([sys.executable, __file__, "--here", *given], check=True)
             report = json.loads((folder / "summary.json").read_text())

@@ -21,6 +21,11 @@ _MARKERS = ("config.json", COMPRESSION_SUMMARY)
 def check_folder(target: str | Path, *, overwrite: bool = False, sources: Sequence[str | Path] = ()) -> Path:
     """Say now what `atomic_folder` would refuse, for work that should fail before it starts.
 
+    Args:
+        target: the folder that is to be made.
+        overwrite: it may hold a model already.
+        sources: what the work reads from; one that isn't there, as the hub's name of a model, is in nobody's way.
+
     Returns:
         The target, absolute and with symbolic links followed.
 
@@ -30,7 +35,7 @@ def check_folder(target: str | Path, *, overwrite: bool = False, sources: Sequen
         ValueError: the target is one of the sources, inside one, or around one.
     """
     shown, target = target, Path(target).resolve()
-    for source in (Path(source).resolve() for source in sources):
+    for source in (Path(source).resolve() for source in sources if Path(source).exists()):
         if target == source:
             raise ValueError(f"The output folder {shown} is also the input. Choose another output folder.")
         if target.is_relative_to(source):
@@ -85,7 +90,8 @@ def atomic_folder(
     Args:
         target: the folder to make; its parents are made too.
         overwrite: replace a model folder that is there. It stays untouched until the new one is complete.
-        sources: folders or files that the work reads from, which the target must neither be nor touch.
+        sources: folders or files that the work reads from, which the target must neither be nor touch; see
+            `check_folder`.
 
     Yields:
         A new, empty folder beside the target. It takes the target's place at the end of the block, and is removed if

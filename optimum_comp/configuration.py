@@ -121,6 +121,24 @@ class CompConfig(BaseConfig):
         """
         return cls(**{**PRESETS[_choice("preset", name, tuple(PRESETS))], **overrides})
 
+    def fields(self) -> dict[str, Any]:
+        """All fields by name."""
+        return {name: getattr(self, name) for name in FIELDS}
+
+    def protected(self, num_layers: int) -> set[int]:
+        """The layers that `protected_layers` means in a model with so many.
+
+        Raises:
+            ValueError: one of them doesn't exist.
+        """
+        for index in self.protected_layers:
+            if not -num_layers <= index < num_layers:
+                raise ValueError(
+                    f"protected_layers={self.protected_layers!r} is not valid: the model has {num_layers} layers, so "
+                    f"each number must be in [{-num_layers}, {num_layers - 1}]."
+                )
+        return {index % num_layers for index in self.protected_layers}
+
     @property
     def resolved_neuron_metric(self) -> str:
         """`neuron_metric`, with `"condition"` replaced by the form that matches the recovery.
@@ -135,7 +153,7 @@ class CompConfig(BaseConfig):
     def to_dict(self) -> dict[str, Any]:
         """The fields and the versions that wrote them, without the keys that only make sense for a model."""
         bookkeeping = {key: value for key, value in super().to_dict().items() if key.endswith("_version")}
-        return {**{name: getattr(self, name) for name in FIELDS}, **bookkeeping}
+        return {**self.fields(), **bookkeeping}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """All fields: a side-car should say what was done without a look at the defaults of that day."""

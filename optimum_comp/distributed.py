@@ -21,6 +21,15 @@ _PATIENCE = timedelta(hours=4)
 """The others wait while the first checks the weights, writes calibration text or solves for a wide layer."""
 
 
+def is_first_process() -> bool:
+    """What `Ranks.is_first` will be, for what has to be known before the processes meet."""
+    return not _is_launched() or os.environ["RANK"] == "0"
+
+
+def _is_launched() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
 class Ranks:
     """This process among those that work together; one alone needs no `torch.distributed`.
 
@@ -29,8 +38,7 @@ class Ranks:
     """
 
     def __init__(self, device: torch.device | None = None):
-        launched = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
-        if launched and not dist.is_initialized():
+        if _is_launched() and not dist.is_initialized():
             backend = "nccl" if device is not None and device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=_PATIENCE)
         together = dist.is_available() and dist.is_initialized()

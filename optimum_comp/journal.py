@@ -14,7 +14,7 @@ from torch import Tensor
 
 from optimum_comp.atomic import JOURNAL, durably, sync_file, sync_folder
 from optimum_comp.checkpoint.parts import write_part
-from optimum_comp.configuration import FIELDS, CompConfig
+from optimum_comp.configuration import CompConfig
 from optimum_comp.report.run import REPORT_NAME
 
 
@@ -70,6 +70,16 @@ class Journal:
             raise ValueError(f"{output} was begun by another version of optimum-comp; start anew with --overwrite.")
         return cls(output, state)
 
+    @classmethod
+    def find(cls, output: Path) -> Journal | None:
+        """The journal of a run that can be gone on with; `None` if there is none, or nothing in it yet.
+
+        Raises:
+            ValueError: see `read`.
+        """
+        journal = cls.read(output) if (output / JOURNAL).is_file() else None
+        return journal if journal is not None and journal.has_begun else None
+
     def begin(self, run: dict[str, Any], tokens: Tensor) -> None:
         """Record what an interrupted run has to be gone on with: its settings and calibration samples."""
         write_part({"tokens": tokens.contiguous()}, self.work / _TOKENS)
@@ -93,7 +103,7 @@ class Journal:
         """
         stored = CompConfig(**self.run["config"])
         if given is not None:
-            self._require({name: getattr(given, name) for name in FIELDS}, self.run["config"])
+            self._require(given.fields(), self.run["config"])
         return stored
 
     def require_same(self, run: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -211,6 +212,22 @@ def disk_bytes(work: Workload, plan: MemoryPlan, parameters_after: int, *, resum
         return spilled
     # Layer by layer, and once more while the shards are put together.
     return 2 * parameters_after * work.state + spilled + (2 * work.states_bytes if resumable else 0)
+
+
+def expected_seconds(work: Workload, seconds_per_layer: float) -> tuple[float, float]:
+    """Wall time that the run will take, from and to.
+
+    Args:
+        work: what is to be done.
+        seconds_per_layer: that one sample takes through one layer.
+    """
+    size = min(work.width, 2048)
+    started = time.perf_counter()
+    torch.linalg.cholesky(torch.eye(size, dtype=torch.float64))
+    # Choosing and repairing a layer takes about as long as eight factorisations.
+    solving = 8 * (time.perf_counter() - started) * (work.width / size) ** 3 * work.layers
+    forward = seconds_per_layer * work.layers * work.samples
+    return 1.5 * forward + 0.5 * solving, 3 * forward + 2 * solving
 
 
 def good_batch_size(length: int, device: torch.device) -> int:

@@ -10,7 +10,7 @@ import torch
 
 from optimum_comp.atomic import require_finished
 from optimum_comp.checkpoint.reader import Checkpoint, require_safetensors, resolve_folder, weight_files
-from optimum_comp.families import family_of
+from optimum_comp.families import FamilySpec, family_of
 from optimum_comp.sources import ModelSource, ResidentModel, StreamedModel, empty_model
 from optimum_comp.utils import get_logger
 
@@ -34,19 +34,23 @@ def open_source(
         kwargs: as for `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
-        ValueError: its weights are a pickle, or its files don't fit together; names file and tensor.
+        ValueError: it isn't a decoder-only language model of a supported family, or is quantized; its weights are a
+            pickle, or its files don't fit together (names file and tensor).
         OSError: there are no weights.
     """
     from transformers import AutoModelForCausalLM
 
+    # By the config alone, before gigabytes of weights are downloaded or read.
     spec = family_of(config)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{name} is quantized already; give the checkpoint that it was made from.")
     trusts_pickle = kwargs.get("use_safetensors") is False
     beyond = sorted(set(kwargs) - set(lookup) - _STREAMABLE)
     folder = None if "gguf_file" in kwargs else resolve_folder(name, lookup)
     if folder is not None and not (trusts_pickle and not weight_files(folder)):
         require_safetensors(name, folder)
         if not beyond:
-            return _streamed(folder, config, device, kwargs)
+            return _streamed(folder, config, spec, device, kwargs)
     if beyond:
         logger.info("The whole model is loaded into memory (because of %s).", ", ".join(beyond))
     arguments = dict(kwargs)
@@ -72,10 +76,11 @@ def trusted(name: str | Path, kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**kwargs, "use_safetensors": True}
 
 
-def _streamed(folder: Path, config: Any, device: torch.device, kwargs: dict[str, Any]) -> StreamedModel:
+def _streamed(
+    folder: Path, config: Any, spec: FamilySpec, device: torch.device, kwargs: dict[str, Any]
+) -> StreamedModel:
     from transformers import GenerationConfig
 
-    spec = family_of(config)
     checkpoint = Checkpoint.open(folder)
     asked = _dtype(kwargs.get("dtype", kwargs.get("torch_dtype")))
     sizes: Counter[torch.dtype] = Counter()

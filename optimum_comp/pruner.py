@@ -21,7 +21,7 @@ from optimum_comp.checkpoint.parts import join_parts
 from optimum_comp.checkpoint.reader import weight_files
 from optimum_comp.checkpoint.tokenizer import has_tokenizer
 from optimum_comp.checkpoint.writer import fill_folder, upload
-from optimum_comp.configuration import FIELDS, CompConfig
+from optimum_comp.configuration import CompConfig
 from optimum_comp.core.allocation import Allocation, Shape, allocate
 from optimum_comp.distributed import Ranks
 from optimum_comp.engine import Pruned, PruningRun
@@ -32,6 +32,7 @@ from optimum_comp.memory import (
     Workload,
     check_disk,
     disk_bytes,
+    expected_seconds,
     good_batch_size,
     parse_bytes,
     plan_memory,
@@ -111,11 +112,7 @@ class CompPruner:
         name = str(model)
         require_finished(name)
         lookup = lookup_arguments(kwargs)
-        # The family is checked on the config alone, before gigabytes of weights are read.
         config = kwargs.get("config") or AutoConfig.from_pretrained(name, **lookup)
-        family_of(config)
-        if getattr(config, "quantization_config", None) is not None:
-            raise ValueError(f"{name} is quantized already; give the checkpoint that it was made from.")
         source = open_source(name, config, where, lookup, kwargs)
         if isinstance(tokenizer, (str, Path)):
             tokenizer = AutoTokenizer.from_pretrained(str(tokenizer))
@@ -142,6 +139,16 @@ class CompPruner:
         return self._loaded
 
     @property
+    def _local(self) -> Path | None:
+        """The dense model's folder, if it is the user's own."""
+        return Path(self._name) if self._name is not None and Path(self._name).is_dir() else None
+
+    @property
+    def _sources(self) -> list[str]:
+        """What no output may touch."""
+        return [] if self._name is None else [self._name]
+
+    @property
     def layers(self) -> nn.ModuleList:
         """The model's decoder layers."""
         return self._source.spec.get_layers(self.model)
@@ -160,7 +167,7 @@ class CompPruner:
             width=spec.get_consumer(layer).weight.shape[1],
             neuron_parameters=spec.neuron_parameters(layer),
         )
-        removable = len(layers) - len(_protected(config, len(layers)))
+        removable = len(layers) - len(config.protected(len(layers)))
         return allocate(shape, config.sparsity, config.layer_fraction, config.round_to, removable)
 
     @torch.no_grad()
@@ -231,7 +238,7 @@ class CompPruner:
             if self.report is not None:
                 self.config, self._folder = config or CompConfig.from_pretrained(folder), folder
                 return self.report
-        config = CompConfig() if config is None else CompConfig(**{name: getattr(config, name) for name in FIELDS})
+        config = CompConfig() if config is None else CompConfig(**config.fields())
         allocation = self.plan(config)
         self._ranks.require(config.num_samples)
         work = workload_of(self._source, config, allocation.layers, self._ranks)
@@ -247,16 +254,14 @@ class CompPruner:
         batch = plan.batch_size if unfinished is None else unfinished.run["batch_size"]
         plan = dataclasses.replace(plan, batch_size=self._ranks.from_first(batch))
         before = parameter_count(self._source.model)
-        neuron = self._source.spec.neuron_parameters(self._source.layers[0])
-        gone = allocation.layers * work.layer_parameters
-        gone += (work.layers - allocation.layers) * (work.width - allocation.width) * neuron
-        disk = disk_bytes(work, plan, before - gone, resumable=folder is not None)
+        after = before - allocation.parameters
+        disk = disk_bytes(work, plan, after, resumable=folder is not None)
         if unfinished is None:
             check_disk(Path(tempfile.gettempdir()) if folder is None else folder, disk)
         self._interrupted = True
         journal = self._begin(unfinished, folder, config, samples, plan, fingerprint)
         place = self._workplace(folder, plan)
-        removable = (allocation.layers, _protected(config, work.layers))
+        removable = (allocation.layers, config.protected(work.layers))
         with contextlib.nullcontext() if journal is None else journal.guard():
             runner = LayerRunner(self._source, samples.tokens[:1].to(self._source.device))
             self._announce(config, allocation, work, plan, runner.seconds_per_layer, disk, journal)
@@ -266,7 +271,7 @@ class CompPruner:
             pruned = run.run()
             with run.clock("write"):
                 self._shrink(pruned, allocation)
-                self.report = self._report(config, allocation, samples, pruned, before, before - gone)
+                self.report = self._report(config, allocation, samples, pruned, before, after)
                 self.config = config
                 self._finish(folder, place, journal, max_shard_size, overwrite=overwrite)
         self.report.seconds = time.perf_counter() - started
@@ -286,18 +291,15 @@ class CompPruner:
             if resume:
                 raise ValueError("resume needs the output folder of the run that is to be gone on with.")
             return None
-        if resume and (folder / JOURNAL).is_file():
-            journal = Journal.read(folder)
-            return journal if journal.has_begun else None
-        if not (resume and is_complete(folder)):
-            sources = [self._name] if self._name is not None and Path(self._name).exists() else []
-            check_folder(folder, overwrite=overwrite, sources=sources)
+        if resume and ((folder / JOURNAL).is_file() or is_complete(folder)):
+            return Journal.find(folder)
+        check_folder(folder, overwrite=overwrite, sources=self._sources)
         return None
 
     def _take_over(self, folder: Path, config: CompConfig | None) -> CompReport:
         """The report of a finished model that is in the output folder already."""
         stored = CompConfig.from_pretrained(folder)
-        if config is not None and any(getattr(config, name) != getattr(stored, name) for name in FIELDS):
+        if config is not None and config.fields() != stored.fields():
             raise FileExistsError(f"{folder} holds a finished model that was made otherwise; replace it: --overwrite.")
         logger.info("%s is complete.", folder)
         return CompReport.load(folder)
@@ -347,14 +349,13 @@ class CompPruner:
         """Start or take up the record of the run, in the first process, if it is one that can be gone on with."""
         if self._source.is_resident or folder is None:
             return None
-        here = self._name is not None and Path(self._name).is_dir()
         arguments = {key: value for key, value in self._name_arguments.items() if key != "token"}
         if isinstance(self._source, StreamedModel) and self._source.store_dtype is not None:
             arguments["dtype"] = str(self._source.store_dtype).removeprefix("torch.")
         run = {
-            "source": str(Path(str(self._name)).resolve()) if here else self._name,
+            "source": self._name if self._local is None else str(self._local.resolve()),
             "arguments": arguments,
-            "config": {name: getattr(config, name) for name in FIELDS},
+            "config": config.fields(),
             "weights": fingerprint,
             "calibration": samples.describe(),
             "batch_size": plan.batch_size,
@@ -399,12 +400,7 @@ class CompPruner:
     ) -> None:
         if not self._ranks.is_first:
             return
-        size = min(work.width, 2048)
-        started = time.perf_counter()
-        torch.linalg.cholesky(torch.eye(size, dtype=torch.float64))
-        # Choosing and repairing a layer takes about as long as eight factorisations.
-        solving = 8 * (time.perf_counter() - started) * (work.width / size) ** 3 * work.layers
-        forward = seconds_per_layer * work.layers * work.samples
+        least, most = expected_seconds(work, seconds_per_layer)
         if journal is not None and journal.finished:
             logger.info("Going on after %d finished layers.", journal.finished)
         logger.info(
@@ -412,7 +408,7 @@ class CompPruner:
             f"{allocation.width} (sparsity {allocation.sparsity:.4f}, {config.sparsity:g} asked). "
             f"{config.num_samples * config.sequence_length:,} calibration tokens; expected: "
             f"{format_bytes(plan.peak_bytes)} of memory at the peak, {format_bytes(disk)} on disk, "
-            f"{1.5 * forward + 0.5 * solving:.0f} to {3 * forward + 2 * solving:.0f} s."
+            f"{least:.0f} to {most:.0f} s."
         )
         if plan.spill_states or plan.spill_inputs:
             what = "hidden states and activations" if plan.spill_states else "activations"
@@ -433,7 +429,7 @@ class CompPruner:
     ) -> CompReport:
         return CompReport(
             # A local path says nothing to others and may say too much.
-            source=Path(self._name).name if self._name and Path(self._name).is_dir() else self._name,
+            source=self._name if self._local is None else self._local.name,
             model_type=self._source.spec.model_type,
             requested_sparsity=config.sparsity,
             achieved_sparsity=allocation.sparsity,
@@ -483,19 +479,15 @@ class CompPruner:
     def _fill(self, folder: Path, parts: Sequence[Path], max_shard_size: int | str) -> None:
         report, config = self._finished()
         model = self._source.model
-
-        def write_model(folder: Path) -> None:
-            if self._source.is_resident:
-                model.save_pretrained(folder, max_shard_size=max_shard_size)
-                return
+        if self._source.is_resident:
+            model.save_pretrained(folder, max_shard_size=max_shard_size)
+        else:
             join_parts(parts, folder, max_shard_size)
             model.config.save_pretrained(folder)
             if model.generation_config is not None:
                 model.generation_config.save_pretrained(folder)
-
         fill_folder(
             folder,
-            write_model=write_model,
             tokenizer=self.tokenizer,
             config=config,
             report=report,
@@ -504,9 +496,8 @@ class CompPruner:
         )
 
     def _save(self, folder: Path, max_shard_size: int | str, *, overwrite: bool) -> None:
-        sources = [Path(self._name)] if self._name and Path(self._name).is_dir() else []
         if self._ranks.is_first:
-            with atomic_folder(folder, overwrite=overwrite, sources=sources) as partial:
+            with atomic_folder(folder, overwrite=overwrite, sources=self._sources) as partial:
                 self._fill(partial, weight_files(self._folder) if self._folder is not None else [], max_shard_size)
         self._ranks.wait()
 
@@ -561,13 +552,3 @@ class CompPruner:
             state = "was interrupted; load the model again" if self._interrupted else "has not been called"
             raise RuntimeError(f"there is no pruned model to save: prune() {state}.")
         return self.report, self.config
-
-
-def _protected(config: CompConfig, num_layers: int) -> set[int]:
-    for index in config.protected_layers:
-        if not -num_layers <= index < num_layers:
-            raise ValueError(
-                f"protected_layers={config.protected_layers!r} is not valid: the model has {num_layers} layers, so "
-                f"each number must be in [{-num_layers}, {num_layers - 1}]."
-            )
-    return {index % num_layers for index in config.protected_layers}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +15,22 @@ from optimum_comp.report.run import CompReport
 def fill_folder(
     folder: Path,
     *,
-    write_model: Callable[[Path], None],
     tokenizer: Any,
     config: CompConfig,
     report: CompReport,
     source: str | None,
     source_arguments: dict[str, Any],
 ) -> None:
-    """Write weights, config, tokenizer, generation config, side-cars and model card.
+    """Write what belongs to a pruned model beside its weights: portable config, tokenizer, side-cars and model card.
 
     Args:
-        folder: an empty folder.
-        write_model: writes weights, config and generation config into it.
+        folder: holds weights, config and generation config already.
         tokenizer: saved too; `None` if there is none.
         config: what was asked.
         report: what was done.
         source: folder or hub id of the dense model.
         source_arguments: how it was found.
     """
-    write_model(folder)
     write_portable_config(folder / "config.json")
     save_tokenizer(folder, tokenizer, source, source_arguments)
     config.save_pretrained(folder)
@@ -46,7 +42,7 @@ def upload(folder: Path, repo_id: str, **kwargs: Any) -> str:
     """Upload a saved folder to the hub and return the repository's URL.
 
     Args:
-        folder: what `save_checkpoint` wrote.
+        folder: a finished model.
         repo_id: `namespace/name`, or a name in the user's namespace.
         kwargs: `token`, `private`, `commit_message`, `revision`.
     """

@@ -45,15 +45,14 @@ class PruneCommand(CompSubcommand):
 
     def execute(self) -> None:
         """Check everything that can be checked, then prune."""
-        from optimum_comp.atomic import JOURNAL, check_folder
+        from optimum_comp.atomic import check_folder
+        from optimum_comp.distributed import is_first_process
         from optimum_comp.journal import Journal, is_complete
         from optimum_comp.pruner import CompPruner
         from optimum_comp.report.run import CompReport
 
         args = self.args
-        unfinished = Journal.read(args.output) if args.resume and (args.output / JOURNAL).is_file() else None
-        if unfinished is not None and not unfinished.has_begun:
-            unfinished = None
+        unfinished = Journal.find(args.output) if args.resume else None
         model, loading = args.model, loading_arguments(args)
         if unfinished is not None:
             model = model or unfinished.run["source"]
@@ -65,9 +64,9 @@ class PruneCommand(CompSubcommand):
             raise ValueError(f"--model is missing, and {args.output} holds no unfinished run to take it from.")
         # What isn't given is as it was when the run began.
         config = None if unfinished is not None and not is_configured(args) else config_from(args)
-        if not args.resume and _is_first_process():
-            sources = [Path(model)] if Path(model).exists() else []
-            check_folder(args.output, overwrite=args.overwrite, sources=sources)
+        if not args.resume and is_first_process():
+            # `prune` looks too, but only after a model may have been downloaded.
+            check_folder(args.output, overwrite=args.overwrite, sources=[model])
         device = args.device or (unfinished.run["device"] if unfinished is not None else None)
         pruner = CompPruner.from_pretrained(model, device=device, **loading)
         try:
@@ -84,15 +83,9 @@ class PruneCommand(CompSubcommand):
             )
         except KeyboardInterrupt:
             raise KeyboardInterrupt(_what_remains(args.output)) from None
-        if _is_first_process():
+        if is_first_process():
             write_json(args.json, report.summary())
             print(report.headline(args.output))
-
-
-def _is_first_process() -> bool:
-    import os
-
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _what_remains(output: Path) -> Any:

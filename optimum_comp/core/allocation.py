@@ -30,11 +30,13 @@ class Allocation:
     Attributes:
         layers: number of whole decoder layers that go.
         width: neurons that stay in each remaining layer.
-        sparsity: share of the decoder-layer parameters that goes, after rounding.
+        parameters: how many go in all, after rounding.
+        sparsity: their share of the decoder-layer parameters.
     """
 
     layers: int
     width: int
+    parameters: int
     sparsity: float
 
 
@@ -77,4 +79,4 @@ def allocate(shape: Shape, sparsity: float, layer_fraction: float, round_to: int
             f"and {layers} whole layers removed at most {reachable:.3f} can go; lower it or raise layer_fraction."
         )
     removed = layers * per_layer + remaining * (shape.width - width) * shape.neuron_parameters
-    return Allocation(layers=layers, width=width, sparsity=removed / total)
+    return Allocation(layers=layers, width=width, parameters=removed, sparsity=removed / total)
