@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,8 @@ from transformers import (
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+CLI = Path(sys.executable).parent / "optimum-cli"
+
 SIZES = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
 GQA = {"intermediate_size": 96, "num_key_value_heads": 2}
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -31,6 +36,35 @@ TINY_CONFIGS = {
     "opt": lambda: OPTConfig(**SIZES, **IDS, ffn_dim=96, word_embed_proj_dim=64),
     "opt-post-norm": lambda: OPTConfig(**SIZES, **IDS, ffn_dim=96, word_embed_proj_dim=32, do_layer_norm_before=False),
 }
+
+
+def run(*arguments: object, check: bool = True, **kwargs) -> subprocess.CompletedProcess[str]:
+    """`optimum-cli comp` in a process of its own."""
+    command = [str(CLI), "comp", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, **kwargs)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def run_until(said: str, *arguments: object) -> tuple[int, str]:
+    """The same with a Ctrl-C as soon as it says something; its exit status, and what it says after that."""
+    # A shell that runs the tests in the background has its children ignore SIGINT; a user's terminal doesn't.
+    process = subprocess.Popen(
+        [str(CLI), "comp", *map(str, arguments)],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        seen = ""
+        while said not in seen:
+            seen += process.stderr.read(1)
+            assert process.poll() is None, seen
+        process.send_signal(signal.SIGINT)
+        _, rest = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    return process.returncode, rest
 
 
 def tiny_model(name: str, seed: int = 0):

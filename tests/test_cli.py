@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
-from conftest import tiny_model
+from conftest import run, run_until, tiny_model
 from transformers import AutoModelForCausalLM, BertConfig
 
 
-CLI = Path(sys.executable).parent / "optimum-cli"
 SMALL = ("--num-samples", "8", "--sequence-length", "32", "--round-to", "8")
-
-
-def run(*arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
-    command = [str(CLI), "comp", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    assert not check or done.returncode == 0, done.stderr
-    return done
 
 
 @pytest.fixture
@@ -143,23 +130,9 @@ def test_nan_weights_name_the_tensor(tmp_path, text):
 
 
 def test_ctrl_c_leaves_nothing(tiny_folder, tmp_path):
-    command = [CLI, "comp", "prune", "--model", tiny_folder, "--num-samples", "4000", tmp_path / "out"]
-    # A shell that runs the tests in the background has its children ignore SIGINT; a user's terminal doesn't.
-    process = subprocess.Popen(
-        list(map(str, command)),
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    try:
-        seen = ""
-        while "Writing calibration text" not in seen:
-            seen += process.stderr.read(1)
-        process.send_signal(signal.SIGINT)
-        _, rest = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    assert process.returncode == 1 and "interrupted; nothing was written." in rest
+    given = ("prune", "--model", tiny_folder, "--num-samples", "4000", tmp_path / "out")
+    status, rest = run_until("Writing calibration text", *given)
+    assert status == 1 and "interrupted; nothing was written." in rest
     assert not [path for path in tmp_path.iterdir() if "out" in path.name]
 
 

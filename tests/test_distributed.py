@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_blocks, tiny_model, tiny_tokenizer
+from conftest import CLI, run, tiny_blocks, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_comp.calibration import read_text, tokenize
@@ -26,16 +26,11 @@ LAUNCHERS = {
 
 
 def launched(launcher: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
-    command = [*LAUNCHERS[launcher], BIN / "optimum-cli", "comp", "prune", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [*LAUNCHERS[launcher], CLI, "comp", "prune", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
     assert not check or done.returncode == 0, done.stderr
     return done
-
-
-def alone(*arguments: object) -> None:
-    command = [BIN / "optimum-cli", "comp", "prune", *arguments]
-    subprocess.run(list(map(str, command)), check=True, capture_output=True)
 
 
 def kept(folder: Path) -> list[list[int]]:
@@ -56,7 +51,7 @@ def given(tmp_path) -> list[object]:
 def test_two_processes_decide_as_one(launcher, more, given, tmp_path):
     if launcher == "accelerate" and more:
         pytest.skip("the launchers set the same variables; once is enough")
-    alone(*given, *more, tmp_path / "one")
+    run("prune", *given, *more, tmp_path / "one")
     done = launched(launcher, *given, *more, tmp_path / "two")
     assert done.stdout.count("decoder layers removed") == 1
     assert kept(tmp_path / "two") == kept(tmp_path / "one")
@@ -91,8 +86,8 @@ def test_what_two_began_two_go_on_with(given, tmp_path):
     killed = subprocess.run(list(map(str, [*command, tmp_path / "out"])), capture_output=True, env=environment)
     assert killed.returncode != 0
     assert json.loads((tmp_path / "out" / "comp_journal.json").read_text())["finished"] == 2
-    done = subprocess.run([BIN / "optimum-cli", "comp", "prune", "--resume", tmp_path / "out"], capture_output=True)
-    assert b"has processes=2, and now it is 1" in done.stderr
+    done = run("prune", "--resume", tmp_path / "out", check=False)
+    assert "has processes=2, and now it is 1" in done.stderr
     launched("torchrun", "--resume", tmp_path / "out")
     for path in (tmp_path / "undisturbed").iterdir():
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
@@ -123,7 +118,7 @@ def test_the_real_model_in_two_processes(real_model, tmp_path):
     text, _ = read_text("pydoc")
     (tmp_path / "text.txt").write_text(text[: int(0.6 * len(text))])
     given = ["--model", real_model, "--calibration", tmp_path / "text.txt", "--num-samples", 16]
-    alone(*given, tmp_path / "one")
+    run("prune", *given, tmp_path / "one")
     launched("torchrun", *given, tmp_path / "two")
     assert kept(tmp_path / "one") == kept(tmp_path / "two")
     tokens = tokenize(AutoTokenizer.from_pretrained(real_model), text[int(0.6 * len(text)) :])[: 4 * 512]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_blocks, tiny_model, tiny_tokenizer
+from conftest import CLI, run, run_until, tiny_blocks, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from optimum_comp import CompConfig, CompPruner
@@ -28,7 +28,6 @@ from optimum_comp.journal import Journal
 
 FIELDS = {"sparsity": 0.35, "num_samples": 8, "sequence_length": 32, "round_to": 8, "layer_fraction": 0.8}
 CONFIG = CompConfig(**FIELDS)
-CLI = Path(sys.executable).parent / "optimum-cli"
 
 
 def digest_of(files) -> dict[str, str]:
@@ -230,32 +229,25 @@ def test_too_small_a_disk_is_refused_before_any_output(tiny_folder, tmp_path, mo
     assert not (tmp_path / "deep").exists()
 
 
-def cli(*arguments, check=True, **kwargs):
-    command = [str(CLI), "comp", "prune", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, **kwargs)
-    assert not check or done.returncode == 0, done.stderr
-    return done
-
-
 def test_a_file_size_limit_on_the_command_line(tmp_path):
     """`ulimit -f` makes writes fail as a full disk does."""
     model = tiny_model("llama")
     model.save_pretrained(tmp_path / "dense")
     tiny_tokenizer().save_pretrained(tmp_path / "dense")
     (tmp_path / "text.txt").write_text("The cat sat on the mat and looked at the moon.\n" * 60)
-    given = ["--model", tmp_path / "dense", "--calibration", tmp_path / "text.txt", "--round-to", 8]
+    given = ["prune", "--model", tmp_path / "dense", "--calibration", tmp_path / "text.txt", "--round-to", 8]
     given += ["--num-samples", 8, "--sequence-length", 32]
-    cli(*given, tmp_path / "undisturbed")
+    run(*given, tmp_path / "undisturbed")
 
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 
-    done = cli(*given, tmp_path / "out", check=False, preexec_fn=limit)
+    done = run(*given, tmp_path / "out", check=False, preexec_fn=limit)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "File too large" in done.stderr and f"--resume {tmp_path / 'out'}" in done.stderr
-    cli("--resume", tmp_path / "out")
+    run("prune", "--resume", tmp_path / "out")
     assert digest(tmp_path / "out") == digest(tmp_path / "undisturbed")
-    assert "decoder layers removed" in cli("--resume", tmp_path / "out").stdout
+    assert "decoder layers removed" in run("prune", "--resume", tmp_path / "out").stdout
 
 
 def test_ctrl_c_on_the_command_line(tmp_path):
@@ -265,32 +257,17 @@ def test_ctrl_c_on_the_command_line(tmp_path):
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
     tiny_tokenizer().save_pretrained(tmp_path / "dense")
     (tmp_path / "text.txt").write_text("The cat sat on the mat and looked at the moon.\n" * 600)
-    given = ["--model", tmp_path / "dense", "--calibration", tmp_path / "text.txt"]
+    given = ["prune", "--model", tmp_path / "dense", "--calibration", tmp_path / "text.txt"]
     given += ["--num-samples", 8, "--sequence-length", 256]
-    process = subprocess.Popen(
-        list(map(str, [CLI, "comp", "prune", *given, tmp_path / "out"])),
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    try:
-        seen = ""
-        while "1/60" not in seen:
-            seen += process.stderr.read(1)
-            assert process.poll() is None, seen
-        process.send_signal(signal.SIGINT)
-        _, rest = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    assert process.returncode == 1 and "Traceback" not in rest
+    status, rest = run_until("1/60", *given, tmp_path / "out")
+    assert status == 1 and "Traceback" not in rest
     said = re.search(r"interrupted; (\d+) layers are done and kept in .*out; go on with\n  optimum-cli (.*)\n", rest)
     assert said and 1 <= int(said[1]) < 60
     assert Journal.read(tmp_path / "out").finished == int(said[1])
     going_on = subprocess.run([CLI, *said[2].split()], capture_output=True, text=True)
     assert f"Going on after {said[1]} finished layers" in going_on.stderr
     assert "decoder layers removed" in going_on.stdout
-    prune = cli(*given, tmp_path / "undisturbed")
-    assert "decoder layers removed" in prune.stdout
+    assert "decoder layers removed" in run(*given, tmp_path / "undisturbed").stdout
     assert digest(tmp_path / "out") == digest(tmp_path / "undisturbed")
 
 
