@@ -58,6 +58,9 @@ class CompConfig(BaseConfig):
         ridge (`float`, defaults to 1e-3):
             Regularisation of every solve towards the unmodified weight, relative to the mean diagonal of its
             matrix, in (0, 1].
+        equalize (`bool`, defaults to `False`):
+            Fold powers of two into norms and dense layers that even out the range of activations, for quantization of
+            activations afterwards. The model computes the same.
         num_samples (`int`, defaults to 64):
             Calibration samples, ≥ 1.
         sequence_length (`int`, defaults to 512):
@@ -86,6 +89,7 @@ class CompConfig(BaseConfig):
         recovery: str = "least_squares",
         alignment: float = 0.5,
         ridge: float = 1e-3,
+        equalize: bool = False,
         num_samples: int = 64,
         sequence_length: int = 512,
         round_to: int = 32,
@@ -102,6 +106,7 @@ class CompConfig(BaseConfig):
         self.recovery = _choice("recovery", recovery, RECOVERY_METHODS)
         self.alignment = _real("alignment", alignment, 0.0, 1.0, "[0, 1]")
         self.ridge = _real("ridge", ridge, 0.0, 1.0, "(0, 1]")
+        self.equalize = _boolean("equalize", equalize)
         self.num_samples = _integer("num_samples", num_samples, 1)
         self.sequence_length = _integer("sequence_length", sequence_length, 2)
         self.round_to = _integer("round_to", round_to, 1)

@@ -7,6 +7,7 @@ over all, the first process decides and repairs, and the others take over what i
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -79,12 +80,19 @@ class Ranks:
 
     def sum_(self, *tensors: Tensor | None) -> None:
         """Replace each tensor by its sum over all processes."""
+        self._reduce(dist.ReduceOp.SUM, tensors)
+
+    def max_(self, *tensors: Tensor | None) -> None:
+        """Replace each tensor by its largest values over all processes."""
+        self._reduce(dist.ReduceOp.MAX, tensors)
+
+    def _reduce(self, operation: Any, tensors: Sequence[Tensor | None]) -> None:
         if self.size == 1:
             return
         for tensor in tensors:
             if tensor is not None:
                 there = tensor.to(self._device).contiguous()
-                dist.all_reduce(there)
+                dist.all_reduce(there, operation)
                 if there is not tensor:
                     tensor.copy_(there)
 

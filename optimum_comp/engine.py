@@ -19,12 +19,14 @@ from tqdm.auto import tqdm
 from optimum_comp.activations import LayerRunner, Tap, replaced
 from optimum_comp.atomic import durably
 from optimum_comp.configuration import CompConfig
+from optimum_comp.core.equalization import find_scales
 from optimum_comp.core.gram import GramAccumulator, add_cross_moment
 from optimum_comp.core.layer_scores import least_important
 from optimum_comp.core.recovery import FORMS, refit
 from optimum_comp.core.selection import Reduction, reduce_channels
 from optimum_comp.distributed import Ranks
-from optimum_comp.families import apply_to_layer
+from optimum_comp.equalize import Factors, fold_factors, holding_folds, layer_factors, unseen, watching
+from optimum_comp.families import Fold, apply_to_layer
 from optimum_comp.journal import Journal
 from optimum_comp.layer_scoring import LAYER_SCORES
 from optimum_comp.memory import MemoryPlan, solve_dtype
@@ -75,12 +77,16 @@ class Moments:
         own_share: how much of its own outputs `cross` holds (see `quadratic.share_own`).
         weight: its weight, `[hidden, width]`, with the effect of removed layers behind it fitted in where that has to
             come before the choice.
+        factors: what evens out the inputs of the layer's other dense layers, by parameter.
+        largest: largest absolute value of each of the consumer's inputs, `[width]`; `None` if nobody asks.
     """
 
     gram: Tensor
     cross: Tensor | None
     own_share: float
     weight: Tensor
+    factors: Factors = dataclasses.field(default_factory=dict)
+    largest: Tensor | None = None
 
 
 class PruningRun:
@@ -129,6 +135,9 @@ class PruningRun:
         consumer = self.spec.get_consumer(self.source.layers[0])
         self._hidden, self._neurons = consumer.weight.shape
         self._solving = solve_dtype(self._neurons)
+        # Where equalization scales go: behind what other dense layers read, and behind what the consumer reads.
+        self._folds: list[Fold] = []
+        self._consumer_fold: Fold | None = None
 
     def run(self) -> Pruned:
         """Prune every layer that stays, in order.
@@ -156,6 +165,8 @@ class PruningRun:
         with self.clock("forward"):
             self._runner.embed_all(self._batches, own)
         additive = self._adds_to_residual(kept_layers[0], own)
+        if self.config.equalize:
+            self._find_folds(kept_layers[0], own)
         aligned = additive and self.config.alignment > 0 and self.config.recovery != "none"
         # Two streams of hidden states: the pruned model's own, and the dense model's, which the repair leans on.
         dense = self._store("dense", self._hidden, self._plan.spill_states) if aligned else None
@@ -182,17 +193,17 @@ class PruningRun:
                     moments = self._observe(
                         index, gap if bridged else range(0), own, inputs, dense, is_first=index == 0
                     )
-                    found = self._decide(index, moments)
+                    found, factors = self._decide(index, moments)
                 del moments
                 release_free_memory()
                 if dense is not None and not bridged:
                     self._pass(gap, dense)
-                self._commit(place, index, found)
+                self._commit(place, index, found, factors)
                 energy = self._update(index, found, own, inputs)
                 error = found.error / (found.error + energy) if found.error > 0 else 0.0
                 report = LayerReport(index, found.kept.tolist(), found.scores.tolist(), error, bridged=bridged)
                 reports.append(report)
-                del found
+                del found, factors
                 release_free_memory()
                 self._record(place, report, own, dense)
                 progress.set_postfix(error=f"{report.relative_error:.1%}")
@@ -265,6 +276,13 @@ class PruningRun:
         difference = float((rebuilt.float() - whole.float()).abs().max())
         return difference <= tolerance * float(whole.float().abs().max().clamp_min(1.0))
 
+    def _find_folds(self, index: int, own: ActivationStore) -> None:
+        with self._layer(index) as layer:
+            hidden = self._read(own, slice(0, 1))
+            held = holding_folds(layer, self.spec.folds, lambda: self._runner.run(index, hidden))
+        self._folds = [fold for fold in held if fold.consumers != (self.spec.consumer,)]
+        self._consumer_fold = next((fold for fold in held if fold not in self._folds), None)
+
     def _observe(
         self,
         index: int,
@@ -298,14 +316,18 @@ class PruningRun:
             consumer = self.spec.get_consumer(layer)
             weight = consumer.weight.detach().clone()
             tap = Tap(consumer)
+            ranges = unseen(layer, self._folds)
+            largest = None if self._consumer_fold is None else weight.new_zeros(self._neurons, dtype=torch.float32)
             for rows in self._rows:
-                with clock("forward"), replaced(layer, self.spec.consumer, tap):
+                with clock("forward"), replaced(layer, self.spec.consumer, tap), watching(layer, ranges):
                     residual = self._runner.run(index, self._read(own, rows))
                 seen = tap.inputs
                 if seen is None:
                     raise RuntimeError(f"layer {index} never called its {self.spec.consumer}.")
                 with clock("gram"):
                     gram.update(seen)
+                    if largest is not None:
+                        largest = torch.maximum(largest, seen.reshape(-1, self._neurons).abs().amax(0).float())
                 if inputs is not None:
                     inputs.write(rows, seen)
                     own.write(rows, residual)
@@ -319,12 +341,18 @@ class PruningRun:
                 if cross is not None:
                     with clock("gram"):
                         add_cross_moment(cross, wanted - residual, seen)
+            self.ranks.max_(largest, *(seen.largest for seen in ranges.values()))
+            self.ranks.sum_(*(seen.energy for seen in ranges.values()))
+            with clock("solve"):
+                factors = layer_factors(layer, ranges, self._tokens.numel())
             del layer, consumer, tap
-        if not gap or inputs is None:
+        if gap and inputs is not None:
+            moments = self._observe_gap(gap, own, inputs, dense, gram, weight)
+        else:
             self.ranks.sum_(gram.sum, cross)
             share = self.config.alignment
-            return Moments(gram.value(), None if cross is None else cross.mul_(share), share, weight)
-        return self._observe_gap(gap, own, inputs, dense, gram, weight)
+            moments = Moments(gram.value(), None if cross is None else cross.mul_(share), share, weight)
+        return dataclasses.replace(moments, factors=factors, largest=largest)
 
     def _observe_gap(
         self,
@@ -362,11 +390,12 @@ class PruningRun:
         with self.clock("solve"):
             return Moments(value, deviation, 0.0, refit(weight, value, over_gap, self.config.ridge))
 
-    def _decide(self, index: int, moments: Moments) -> Reduction:
+    def _decide(self, index: int, moments: Moments) -> tuple[Reduction, Factors]:
         """Choose and repair in the first process; the others take over what it found."""
-        found = None
+        found, factors = None, moments.factors
         if self.ranks.is_first:
             with self.clock("solve"):
+                energy = None if moments.largest is None else moments.gram.diagonal().clone()
                 found = reduce_channels(
                     moments.weight,
                     moments.gram,
@@ -384,14 +413,28 @@ class PruningRun:
                 # Everything after this sees the weight as it is saved.
                 weight = found.weight.to("cpu", self.source.state_dtype)
                 found = Reduction(found.kept.cpu(), weight, found.scores.cpu(), found.error)
-        shared = self.ranks.from_first(found)
-        assert shared is not None
-        return shared
+                factors = self._with_consumer(index, factors, moments.largest, energy, found)
+        shared = self.ranks.from_first((found, factors))
+        assert shared[0] is not None
+        return shared[0], shared[1]
 
-    def _commit(self, place: int, index: int, found: Reduction) -> None:
+    def _with_consumer(
+        self, index: int, factors: Factors, largest: Tensor | None, energy: Tensor | None, found: Reduction
+    ) -> Factors:
+        """The factors, with those that even out what the neurons that stay give to the consumer."""
+        if self._consumer_fold is None or largest is None or energy is None:
+            return factors
+        kept = found.kept
+        scales, _ = find_scales(largest.cpu()[kept], energy.cpu()[kept], self._tokens.numel(), found.weight)
+        merged = {name: list(given) for name, given in factors.items()}
+        for name, given in fold_factors(self.source.layers[index], self._consumer_fold, scales).items():
+            merged.setdefault(name, []).extend(given)
+        return merged
+
+    def _commit(self, place: int, index: int, found: Reduction, factors: Factors) -> None:
         with self.clock("write"):
             if self.source.is_resident or self.ranks.is_first:
-                self.source.commit(index, place, found.kept, found.weight)
+                self.source.commit(index, place, found.kept, found.weight, factors)
 
     def _update(
         self,

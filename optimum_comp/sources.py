@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from optimum_comp.checkpoint.parts import write_part
 from optimum_comp.checkpoint.reader import Checkpoint
+from optimum_comp.equalize import Factors, multiplied
 from optimum_comp.families import FamilySpec, apply_to_layer
 from optimum_comp.utils import get_logger
 
@@ -56,7 +57,7 @@ class ModelSource(ABC):
         """A decoder layer of the dense model, at hand meanwhile."""
 
     @abstractmethod
-    def commit(self, index: int, place: int, kept: Tensor, weight: Tensor) -> None:
+    def commit(self, index: int, place: int, kept: Tensor, weight: Tensor, factors: Factors) -> None:
         """Take a layer's pruned form.
 
         Args:
@@ -64,6 +65,7 @@ class ModelSource(ABC):
             place: its place in the pruned one.
             kept: neurons that stay, ascending, `[k]`.
             weight: repaired weight of the consumer, `[d_out, k]`.
+            factors: what the pruned layer's parameters are multiplied by.
         """
 
     @abstractmethod
@@ -111,8 +113,12 @@ class ResidentModel(ModelSource):
         with _in_dtype(list(layer.parameters()), self.compute_dtype):
             yield layer
 
-    def commit(self, index: int, place: int, kept: Tensor, weight: Tensor) -> None:
-        apply_to_layer(self.spec, self.layers[index], kept, weight)
+    def commit(self, index: int, place: int, kept: Tensor, weight: Tensor, factors: Factors) -> None:
+        layer = self.layers[index]
+        apply_to_layer(self.spec, layer, kept, weight)
+        for name, given in factors.items():
+            parameter = layer.get_parameter(name)
+            parameter.data = multiplied(parameter.data, given)
 
     def whole(self) -> Any:
         return self.model
@@ -203,7 +209,7 @@ class StreamedModel(ModelSource):
             for name in names:
                 set_module_tensor_to_device(module, name, "meta")
 
-    def commit(self, index: int, place: int, kept: Tensor, weight: Tensor) -> None:
+    def commit(self, index: int, place: int, kept: Tensor, weight: Tensor, factors: Factors) -> None:
         assert self.parts is not None
         spec, kept = self.spec, kept.cpu()
         sliced = {f"{path}.{kind}" for path in spec.producers for kind in ("weight", "bias")}
@@ -214,6 +220,7 @@ class StreamedModel(ModelSource):
                 value = value[kept]
             elif name == f"{spec.consumer}.weight":
                 value = weight.to(value)
+            value = multiplied(value, factors.get(name, []))
             tensors[f"{spec.layers}.{place}.{name}"] = value.contiguous()
         write_part(tensors, self.parts / part_name(place))
 

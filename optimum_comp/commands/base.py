@@ -88,6 +88,9 @@ def add_config_arguments(parser: ArgumentParser) -> None:
         "--protected-layers", type=_layer_numbers, metavar="N,N", help="Layers that are never removed [0,-1]."
     )
     group.add_argument("--no-bridge", dest="bridge", action="store_false", default=None, help="Don't bridge gaps.")
+    group.add_argument(
+        "--equalize", action="store_true", default=None, help="Even out activations for int8-dynamic; same model."
+    )
     group.add_argument("--round-to", type=int, help="The FFN width becomes a multiple of this [32].")
 
 

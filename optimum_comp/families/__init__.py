@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from optimum_comp.families.spec import FamilySpec, apply_to_config, apply_to_layer, renumber
+from optimum_comp.families.spec import FamilySpec, Fold, apply_to_config, apply_to_layer, renumber
 
 
 FAMILIES: dict[str, FamilySpec] = {
@@ -18,6 +18,12 @@ FAMILIES: dict[str, FamilySpec] = {
             layers="model.decoder.layers",
             consumer="fc2",
             producers=("fc1",),
+            folds=(
+                Fold(("self_attn_layer_norm",), ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+                Fold(("self_attn.v_proj",), ("self_attn.out_proj",)),
+                Fold(("final_layer_norm",), ("fc1",)),
+                Fold(("fc1",), ("fc2",)),
+            ),
             width_field="ffn_dim",
         ),
     )
@@ -44,4 +50,4 @@ def family_of(config: Any) -> FamilySpec:
     return FAMILIES[model_type]
 
 
-__all__ = ["FAMILIES", "FamilySpec", "apply_to_config", "apply_to_layer", "family_of", "renumber"]
+__all__ = ["FAMILIES", "FamilySpec", "Fold", "apply_to_config", "apply_to_layer", "family_of", "renumber"]

@@ -11,6 +11,22 @@ from torch import nn
 
 
 @dataclass(frozen=True)
+class Fold:
+    """Where a scale for each channel can be moved from what makes an activation into what reads it.
+
+    Attributes:
+        producers: paths to norms or dense layers that make the activation, channel by channel.
+        consumers: paths to the dense layers that read it, and nothing else does.
+    """
+
+    producers: tuple[str, ...]
+    consumers: tuple[str, ...]
+
+
+_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+
+
+@dataclass(frozen=True)
 class FamilySpec:
     """Where a family keeps its parts; the defaults are Llama's names.
 
@@ -20,6 +36,7 @@ class FamilySpec:
         consumer: path from a decoder layer to the dense layer whose inputs are the FFN's neurons.
         producers: paths to the dense layers that create them, row by row.
         attention: paths to the dense layers that make queries, keys and values.
+        folds: where equalization may move scales, as far as the config doesn't forbid it.
         width_field: config field that holds the number of FFN neurons.
         depth_field: config field that holds the number of decoder layers.
         layer_index: paths from a decoder layer to modules with a `layer_idx`.
@@ -30,7 +47,13 @@ class FamilySpec:
     layers: str = "model.layers"
     consumer: str = "mlp.down_proj"
     producers: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
-    attention: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    attention: tuple[str, ...] = _ATTENTION
+    folds: tuple[Fold, ...] = (
+        Fold(("input_layernorm",), _ATTENTION),
+        Fold(("self_attn.v_proj",), ("self_attn.o_proj",)),
+        Fold(("post_attention_layernorm",), ("mlp.gate_proj", "mlp.up_proj")),
+        Fold(("mlp.up_proj",), ("mlp.down_proj",)),
+    )
     width_field: str = "intermediate_size"
     depth_field: str = "num_hidden_layers"
     layer_index: tuple[str, ...] = ("self_attn",)
