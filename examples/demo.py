@@ -45,7 +45,7 @@ def main() -> None:
 
 def run(args: argparse.Namespace) -> str:
     """The report."""
-    config = CompConfig(sparsity=args.sparsity)
+    config = CompConfig(sparsity=args.sparsity, equalize=True)
     text, _ = read_text(args.text)
     share = int(len(text) * CALIBRATION_SHARE)
     cut = text.rfind("\n", 0, share) + 1 or share

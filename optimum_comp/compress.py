@@ -33,6 +33,8 @@ PRUNED, PRUNED_ONNX = "pruned", "pruned-onnx"
 QUANTIZED_TOLERANCE = 1.05
 """A quantized model whose perplexity is above this multiple of its float original is called out."""
 
+_SAMPLES = 42
+"""Samples of the pruning that quantization looks at, too; more gain nothing that could be measured."""
 _HELD_OUT = 10
 """Samples that are set aside to measure a budget of perplexity on."""
 
@@ -131,7 +133,7 @@ def compress(
             config, calibration, text_column=text_column, batch_size=batch_size, max_memory=max_memory
         ).summary()
         pruner.save_pretrained(folder / PRUNED)
-        tokens = pruner.samples
+        tokens = None if pruner.samples is None else pruner.samples[:_SAMPLES]
         del pruner
         gc.collect()
         logger.info("Exporting to ONNX ...")
@@ -152,6 +154,15 @@ def compress(
         (folder / COMPRESSION_SUMMARY).write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(f"# {output.name}\n\n{result.text()}\n", encoding="utf-8")
     return result
+
+
+def suits_equalization(recipe: str, budget: Budget | None) -> bool:
+    """Whether equalization while pruning helps what comes after it.
+
+    It evens out activations at the weights' expense: 8-bit weights can afford that, 4-bit ones can't.
+    """
+    layers = find_recipe(recipe).layers
+    return budget is None and layers is not None and layers.bits == 8
 
 
 def quantize_folder(

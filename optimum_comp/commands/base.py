@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from abc import abstractmethod
-from argparse import SUPPRESS, ArgumentParser
+from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,10 @@ def add_config_arguments(parser: ArgumentParser) -> None:
     )
     group.add_argument("--no-bridge", dest="bridge", action="store_false", default=None, help="Don't bridge gaps.")
     group.add_argument(
-        "--equalize", action="store_true", default=None, help="Even out activations for int8-dynamic; same model."
+        "--equalize",
+        action=BooleanOptionalAction,
+        help="Fold scales into the weights that even out activations, for 8 bits\n"
+        "afterwards; the same model [compress: with 8 bits; prune: no].",
     )
     group.add_argument("--round-to", type=int, help="The FFN width becomes a multiple of this [32].")
 

@@ -40,20 +40,23 @@ class CompressCommand(CompSubcommand):
 
     def execute(self) -> None:
         """Run the chain and print its table."""
-        from optimum_comp.compress import compress
+        from optimum_comp.compress import compress, suits_equalization
 
         args = self.args
+        config, quantization = config_from(args), quantization_arguments(args)
+        if args.equalize is None and args.config is None:
+            config.equalize = suits_equalization(quantization["recipe"], quantization["budget"])
         result = compress(
             args.model,
             args.output,
-            config=config_from(args),
+            config=config,
             calibration=args.calibration,
             text_column=args.text_column,
             batch_size=args.batch_size,
             max_memory=args.max_memory,
             settings=settings_from(args, args.text),
             overwrite=args.overwrite,
-            **quantization_arguments(args),
+            **quantization,
             **loading_arguments(args),
         )
         write_json(args.json, result.to_dict())

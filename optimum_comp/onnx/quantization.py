@@ -106,7 +106,7 @@ def quantize_onnx(
             onnx_save(model, prepared, large)
             del model
             _run_ort_quantizer(prepared, folder, settings, processor, excluded, large)
-        _check_weights(folder / MODEL_NAME)
+        _check_and_trim(folder / MODEL_NAME, large)
         _record_recipe(folder / "ort_config.json", recipe, target, settings, plan)
         shutil.copyfile(source / "config.json", folder / "config.json")
         copy_companions(source, folder)
@@ -209,18 +209,22 @@ def _family(folder: Path) -> FamilySpec:
     return family_of(AutoConfig.from_pretrained(folder))
 
 
-def _check_weights(path: Path) -> None:
-    """Make sure that no int8 weight is −128.
+def _check_and_trim(path: Path, large: bool) -> None:
+    """Make sure that no int8 weight is −128, and drop what the quantizer noted down of every activation's shape.
 
     Arm cores without dot product (Cortex-A53, A72) add pairs of products in 16 bits, and two neighbours of −128
-    overflow there.
+    overflow there. The shapes are worked out anew by whoever loads the graph.
     """
     import onnx
     from onnx import numpy_helper
 
-    for tensor in onnx.load(path).graph.initializer:
+    model = onnx.load(path)
+    for tensor in model.graph.initializer:
         if tensor.data_type == onnx.TensorProto.INT8 and tensor.dims and numpy_helper.to_array(tensor).min() < -127:
             raise RuntimeError(f"{tensor.name} of the quantized model holds −128, which overflows on some Arm cores.")
+    if not large:
+        del model.graph.value_info[:]
+        onnx.save(model, path)
 
 
 def _count(path: Path) -> dict[str, int]:
