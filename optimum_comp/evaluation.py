@@ -46,6 +46,7 @@ class Settings:
         prompt: what the model is asked; `None` asks nothing.
         new_tokens: tokens of the answer, and of a decode measurement.
         prompt_tokens: length of the prompt of which prefill is measured; 0 leaves throughput out.
+        long_prompt_tokens: length of a second prompt of which prefill is measured; 0 for none.
         repeats: throughput is the median of this many runs.
         threads: processor threads; `None` leaves the runtime's default.
     """
@@ -57,12 +58,19 @@ class Settings:
     prompt: str | None = None
     new_tokens: int = 32
     prompt_tokens: int = 128
+    long_prompt_tokens: int = 0
     repeats: int = 3
     threads: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse what can't be measured."""
-        for name, low in (("window", 2), ("new_tokens", 2), ("prompt_tokens", 0), ("repeats", 1)):
+        for name, low in (
+            ("window", 2),
+            ("new_tokens", 2),
+            ("prompt_tokens", 0),
+            ("long_prompt_tokens", 0),
+            ("repeats", 1),
+        ):
             if getattr(self, name) < low:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not valid: {name} must be an integer >= {low}.")
         if self.max_tokens is not None and self.max_tokens < self.window:
@@ -88,6 +96,9 @@ class Evaluation:
         prefill_tokens_per_second: of a prompt of `prompt_tokens` tokens, batch 1.
         decode_tokens_per_second: of greedy generation after it, batch 1.
         prompt_tokens: length of the prompt of the throughput.
+        first_token_seconds: from that prompt to the first token of the answer.
+        long_prefill_tokens_per_second: prefill of a prompt of `long_prompt_tokens` tokens.
+        long_prompt_tokens: its length.
         load_seconds: from the folder to a model that answers.
         peak_memory_bytes: largest resident set of the process after loading, prefill and decoding.
         threads: processor threads.
@@ -107,6 +118,9 @@ class Evaluation:
     prefill_tokens_per_second: float | None = None
     decode_tokens_per_second: float | None = None
     prompt_tokens: int | None = None
+    first_token_seconds: float | None = None
+    long_prefill_tokens_per_second: float | None = None
+    long_prompt_tokens: int | None = None
     load_seconds: float | None = None
     peak_memory_bytes: int | None = None
     threads: int | None = None
@@ -191,6 +205,10 @@ def evaluate(path: str | Path, settings: Settings, **kwargs: Any) -> Evaluation:
         prefill, decode = throughput(model, settings.prompt_tokens, settings.new_tokens, settings.repeats)
         result.prefill_tokens_per_second, result.decode_tokens_per_second = prefill, decode
         result.prompt_tokens = settings.prompt_tokens
+        result.first_token_seconds = settings.prompt_tokens / prefill
+    if settings.long_prompt_tokens:
+        result.long_prompt_tokens = settings.long_prompt_tokens
+        result.long_prefill_tokens_per_second, _ = throughput(model, settings.long_prompt_tokens, 2, settings.repeats)
     # Before perplexity: its logits of whole windows are no part of what a user of the model needs.
     result.peak_memory_bytes = peak_memory_bytes()
     if tokens is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser
+from pathlib import Path
 from typing import Any
 
 from optimum.commands.base import CommandInfo
@@ -36,6 +37,9 @@ def add_speed_arguments(group: Any) -> None:
     group.add_argument(
         "--prompt-tokens", type=int, default=128, help="Prompt length of the throughput; 0: none [128]."
     )
+    group.add_argument(
+        "--long-prompt-tokens", type=int, default=0, help="Length of a second, longer prompt; 0: none [0]."
+    )
     group.add_argument("--new-tokens", type=int, default=32, help="Tokens that are decoded [32].")
     group.add_argument("--repeats", type=int, default=3, help="Throughput is the median of so many runs [3].")
     group.add_argument("--threads", type=int, help="Processor threads; the runtime's default if not given.")
@@ -53,6 +57,7 @@ def settings_from(args: Any, text: str | None) -> Any:
         prompt=getattr(args, "prompt", None),
         new_tokens=args.new_tokens,
         prompt_tokens=args.prompt_tokens,
+        long_prompt_tokens=args.long_prompt_tokens,
         repeats=args.repeats,
         threads=args.threads,
     )
@@ -86,21 +91,37 @@ class EvaluateCommand(CompSubcommand):
 class BenchCommand(CompSubcommand):
     """Compare the speed and memory of several models, each in a process of its own."""
 
-    COMMAND = CommandInfo(name="bench", help="Speed and memory of several folders side by side.")
+    COMMAND = CommandInfo(name="bench", help="Speed, memory and perplexity of several folders side by side.")
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         """Declare the options."""
         parser.add_argument("models", nargs="+", metavar="MODEL", help="PyTorch or ONNX folders, or hub ids.")
-        add_speed_arguments(parser.add_argument_group("measuring"))
+        group = parser.add_argument_group("measuring")
+        group.add_argument(
+            "--text", metavar="FILE|DATASET", help="Measure perplexity on this, too; pydoc for a quick look."
+        )
+        group.add_argument("--max-tokens", type=int, default=20480, help="Read at most so many tokens of it [20480].")
+        add_speed_arguments(group)
+        group.add_argument(
+            "--report",
+            type=Path,
+            metavar="FOLDER",
+            help="Write report.html there, with plots of size and speed against perplexity.",
+        )
         add_common_arguments(parser)
 
     def execute(self) -> None:
         """Measure one after the other and print."""
         from optimum_comp.evaluation import evaluate_apart
+        from optimum_comp.report.plots import require_matplotlib, write_report
         from optimum_comp.report.table import evaluation_table
 
-        settings = settings_from(self.args, text=None)
+        if self.args.report is not None:
+            require_matplotlib()
+        settings = settings_from(self.args, self.args.text)
         results = {model: evaluate_apart(model, settings) for model in self.args.models}
         write_json(self.args.json, [result.to_dict() for result in results.values()])
         print(evaluation_table(results))
+        if self.args.report is not None:
+            print(f"\n{write_report(results, self.args.report, 'Models side by side')}")

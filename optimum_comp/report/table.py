@@ -8,7 +8,18 @@ from optimum_comp.evaluation import Evaluation
 from optimum_comp.utils import format_bytes
 
 
-_HEADER = ("", "parameters", "file size", "perplexity", "prefill tok/s", "decode tok/s", "peak memory")
+_HEADER = (
+    "",
+    "parameters",
+    "file size",
+    "perplexity",
+    "prefill tok/s",
+    "long prefill tok/s",
+    "decode tok/s",
+    "first token",
+    "load",
+    "peak memory",
+)
 
 
 def evaluation_table(results: Mapping[str, Evaluation]) -> str:
@@ -16,9 +27,16 @@ def evaluation_table(results: Mapping[str, Evaluation]) -> str:
 
     Where there are several perplexities, each has its ratio to the first row's.
     """
+    parts = (_markdown(comparison_rows(results)), _legend(results), _answers(results))
+    return "\n\n".join(part for part in parts if part)
+
+
+def comparison_rows(results: Mapping[str, Evaluation]) -> list[tuple[str, ...]]:
+    """The table's cells, its header first; columns that nobody has measured are left out."""
     base = next(iter(results.values())).perplexity
     rows = [_HEADER, *(_row(name, result, base, len(results) > 1) for name, result in results.items())]
-    return "\n\n".join(part for part in (_markdown(rows), _legend(results), _answers(results)) if part)
+    told = [any(row[column] != "-" for row in rows[1:]) for column in range(len(_HEADER))]
+    return [tuple(cell for cell, shown in zip(row, told, strict=True) if shown) for row in rows]
 
 
 def _row(name: str, result: Evaluation, base: float | None, compare: bool) -> tuple[str, ...]:
@@ -33,7 +51,10 @@ def _row(name: str, result: Evaluation, base: float | None, compare: bool) -> tu
         format_bytes(result.size_bytes),
         perplexity,
         _number(result.prefill_tokens_per_second),
+        _number(result.long_prefill_tokens_per_second),
         _number(result.decode_tokens_per_second),
+        "-" if result.first_token_seconds is None else f"{1000 * result.first_token_seconds:.0f} ms",
+        "-" if result.load_seconds is None else f"{result.load_seconds:.1f} s",
         format_bytes(result.peak_memory_bytes) if result.peak_memory_bytes else "-",
     )
 
@@ -66,8 +87,9 @@ def _legend(results: Mapping[str, Evaluation]) -> str:
         )
     if result.prompt_tokens:
         notes.append(
-            f"Throughput at batch 1 after a prompt of {result.prompt_tokens} tokens, {result.threads} threads; peak "
-            "memory of loading, prefill and decoding."
+            f"Throughput and time to the first token at batch 1 with a prompt of {result.prompt_tokens} tokens"
+            + (f" (long: {result.long_prompt_tokens})" if result.long_prompt_tokens else "")
+            + f", {result.threads} threads; peak memory of loading, prefill and decoding."
         )
     return " ".join(notes)
 

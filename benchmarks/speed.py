@@ -1,0 +1,105 @@
+"""Dense and pruned, float32, 8 and 4 bits, side by side in ONNX Runtime: speed, memory, size and perplexity.
+
+    python benchmarks/speed.py --model models/smollm2 --calibration text.txt --text other.txt --report out/speed
+
+Prunes twice (with equalization for 8 bits, without for 4), exports, quantizes, also with Optimum's own preset, and
+measures each model in a process of its own, all in one run on the same prompts and tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from optimum.onnxruntime import ORTQuantizer
+from optimum.onnxruntime.configuration import AutoQuantizationConfig
+from transformers import AutoTokenizer
+
+from optimum_comp import CompConfig, CompPruner
+from optimum_comp.calibration import PYDOC, choose_blocks, read_text, tokenize
+from optimum_comp.evaluation import Settings, evaluate_apart
+from optimum_comp.onnx.export import export_onnx
+from optimum_comp.onnx.folders import copy_companions
+from optimum_comp.onnx.quantization import quantize_onnx
+from optimum_comp.report.plots import require_matplotlib, write_report
+from optimum_comp.report.table import evaluation_table
+from optimum_comp.utils import ROOT_LOGGER
+
+
+def main() -> None:
+    """Make every model, measure it, print one table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--calibration", default=PYDOC)
+    parser.add_argument("--text", default=PYDOC, help="perplexity is measured on this; should be another text")
+    parser.add_argument("--sparsity", type=float, default=0.2)
+    parser.add_argument("--preset", default="arm64", choices=("arm64", "avx2"), help="Optimum's, to compare with")
+    parser.add_argument("--target", default="any")
+    parser.add_argument("--max-tokens", type=int, default=20480)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--work", type=Path, help="keep the models here, and use those that are here already")
+    parser.add_argument("--report", type=Path, help="folder for report.html")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    if args.report is not None:
+        require_matplotlib()
+    logging.getLogger(ROOT_LOGGER).setLevel(logging.INFO)
+    settings = Settings(
+        text=args.text, max_tokens=args.max_tokens, long_prompt_tokens=512, new_tokens=64, threads=args.threads
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        models = make(args, args.work or Path(scratch))
+        results = {name: evaluate_apart(path, settings) for name, path in models.items()}
+    print(evaluation_table(results))
+    first = next(iter(results.values()))
+    for name, result in results.items():
+        decode = (result.decode_tokens_per_second or 0) / (first.decode_tokens_per_second or 1)
+        print(f"{name}: {1 - result.size_bytes / first.size_bytes:.1%} smaller, decodes {decode:.2f} times as fast")
+    if args.json is not None:
+        args.json.write_text(json.dumps({name: result.to_dict() for name, result in results.items()}, indent=1))
+    if args.report is not None:
+        print(write_report(results, args.report, f"{Path(args.model).name}: size and speed against perplexity"))
+
+
+def make(args: Any, folder: Path) -> dict[str, Path]:
+    """Folders of the models by name."""
+    tokens = tokenize(AutoTokenizer.from_pretrained(args.model), read_text(args.calibration)[0])
+    blocks = choose_blocks(tokens, 32, 512, 0, args.calibration)
+    paths: dict[str, Path] = {"dense float32": folder / "dense"}
+    if not paths["dense float32"].exists():
+        export_onnx(args.model, paths["dense float32"])
+    paths[f"dense, Optimum's {args.preset}"] = stock = folder / f"dense-{args.preset}"
+    if not stock.exists():
+        preset = getattr(AutoQuantizationConfig, args.preset)(is_static=False, per_channel=True)
+        ORTQuantizer.from_pretrained(paths["dense float32"]).quantize(preset, stock, file_suffix=None)
+        copy_companions(paths["dense float32"], stock)
+    exported = {}
+    for equalize in (True, False):
+        pruned = folder / f"pruned-{'even' if equalize else 'plain'}"
+        exported[equalize] = pruned.with_name(f"{pruned.name}-onnx")
+        if not pruned.exists():
+            config = CompConfig(sparsity=args.sparsity, equalize=equalize)
+            CompPruner.from_pretrained(args.model).prune(config, args.calibration, output=pruned)
+        if not exported[equalize].exists():
+            export_onnx(pruned, exported[equalize])
+    sources = {
+        "dense int8": (paths["dense float32"], "int8"),
+        "dense int4": (paths["dense float32"], "int4"),
+        "pruned float32": (exported[True], None),
+        "pruned int8": (exported[True], "int8"),
+        "pruned int8-dynamic": (exported[True], "int8-dynamic"),
+        "pruned int4": (exported[False], "int4"),
+    }
+    for name, (source, recipe) in sources.items():
+        paths[name] = source if recipe is None else folder / name.replace(" ", "-")
+        if recipe is not None and not paths[name].exists():
+            quantize_onnx(source, paths[name], recipe=recipe, target=args.target, tokens=blocks)
+    return paths
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from optimum_comp.evaluation import Evaluation
+from optimum_comp.report.plots import PAGE, SIZE_PLOT, SPEED_PLOT, pareto_front, write_report
+from optimum_comp.report.table import evaluation_table
+
+
+coordinate = st.integers(0, 6)
+
+
+@given(st.lists(st.tuples(coordinate, coordinate), min_size=1, max_size=12))
+def test_front_is_what_nothing_beats(points):
+    front = pareto_front(points)
+    for index, point in enumerate(points):
+        beaten = any(other != point and other[0] <= point[0] and other[1] <= point[1] for other in points)
+        assert (points[index] in [points[i] for i in front]) == (not beaten)
+    for first, second in itertools.pairwise(front):
+        assert points[first][0] < points[second][0] and points[first][1] > points[second][1]
+
+
+def results() -> dict[str, Evaluation]:
+    return {
+        "dense": Evaluation("a", "onnxruntime", 100, 4_000_000, 20.0, 10, 8, "text", decode_tokens_per_second=10.0),
+        "8 bit <&>": Evaluation(
+            "b", "onnxruntime", 100, 1_000_000, 20.2, 10, 8, "text", decode_tokens_per_second=30.0
+        ),
+        "unmeasured": Evaluation("c", "onnxruntime", 100, 1_000_000),
+    }
+
+
+def test_report_is_one_page_with_plots_and_table(tmp_path):
+    pytest.importorskip("matplotlib")
+    page = write_report(results(), tmp_path / "report", "A & B")
+    assert page == tmp_path / "report" / PAGE
+    for name in (SIZE_PLOT, SPEED_PLOT):
+        assert (page.parent / name).read_bytes().startswith(b"\x89PNG")
+    text = page.read_text(encoding="utf-8")
+    assert text.count("data:image/png;base64,") == 2
+    assert "<h1>A &amp; B</h1>" in text and "8 bit &lt;&amp;&gt;" in text and "20.20 (1.010x)" in text
+
+
+def test_columns_that_nobody_measured_are_left_out():
+    table = evaluation_table(results())
+    assert "decode tok/s" in table
+    assert "peak memory" not in table and "first token" not in table
