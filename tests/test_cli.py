@@ -177,3 +177,46 @@ def test_compress_and_quantize(tiny_folder, text, tmp_path):
     assert again.returncode == 1 and "--overwrite" in again.stderr
     bad = run("quantize", "--model", tmp_path / "out" / "pruned", "--recipe", "int2", tmp_path / "q9", check=False)
     assert "recipe='int2' is not valid: it must be one of int8" in bad.stderr
+
+
+def test_quantize_to_4_bits_and_to_a_budget(tiny_folder, text, tmp_path):
+    given = ("--calibration", text, "--num-samples", 4, "--sequence-length", 32)
+    run("quantize", "--model", tiny_folder, "--weights", "int4", "--target", "arm64", *given, tmp_path / "q4")
+    recorded = json.loads((tmp_path / "q4" / "ort_config.json").read_text())["comp_recipe"]
+    assert (recorded["name"], recorded["target"]) == ("int4", "arm64")
+    assert {form["bits"] for form in recorded["nodes"].values()} == {4, 8}
+
+    numbers = tmp_path / "numbers.json"
+    budget = ("--max-perplexity-increase", "3%", *given, "--json", numbers)
+    done = run("quantize", "--model", tiny_folder, *budget, tmp_path / "budget")
+    assert "held out" in done.stderr and "Sensitivity" in done.stderr
+    assert json.loads(numbers.read_text())["recipe"] == "budget"
+    assert run("eval", "--model", tmp_path / "budget", "--text", text, "--window", 32, "--prompt-tokens", 0).stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--max-size", "1kB"), "max_size=1.0 kB can't be kept"),
+        (("--max-size", "much"), "max_size='much' is not valid"),
+        (("--max-perplexity-increase", "0%"), "max_perplexity_increase=0.0 is not valid"),
+        (("--max-size", "1MB", "--recipe", "int8"), "exclude each other"),
+        (("--target", "riscv"), "arm64-i8mm"),
+        (("--weights", "int4", "--num-samples", "900"), "too short for calibration"),
+    ],
+)
+def test_quantization_that_cannot_be_is_one_line(options, said, tiny_folder, text, tmp_path):
+    given = ("--calibration", text, "--num-samples", 4, "--sequence-length", 32)
+    done = run("quantize", "--model", tiny_folder, *given, *options, tmp_path / "out", check=False)
+    assert done.returncode == 1
+    (error,) = (line for line in done.stderr.splitlines() if line.startswith("error:"))
+    assert said in error
+    assert "Traceback" not in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["text.txt", "tiny-llama"]
+
+
+def test_bench_writes_a_report(tiny_folder, text, tmp_path):
+    measured = ("--text", text, "--max-tokens", 600, "--prompt-tokens", 8, "--new-tokens", 2, "--repeats", 1)
+    done = run("bench", tiny_folder, *measured, "--long-prompt-tokens", 16, "--report", tmp_path / "report")
+    assert "long prefill tok/s" in done.stdout
+    assert (tmp_path / "report" / "report.html").read_text().startswith("<!doctype html>")
