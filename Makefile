@@ -11,10 +11,10 @@ READY = $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint types check install bench clean
+.PHONY: help demo test test-slow test-arm64 lint types check install bench clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +34,9 @@ test: $(READY)  ## Run the default tests
 
 test-slow: $(READY) models/smollm2/config.json  ## Run the tests on the real model
 	COMP_TEST_MODEL=models/smollm2 $(BIN)/python -m pytest -m slow
+
+test-arm64: $(READY) models/smollm2/config.json  ## Run quantized models on emulated 64-bit Arm cores (needs apt, no root)
+	COMP_TEST_MODEL=models/smollm2 $(BIN)/python -m pytest -m slow tests/test_arm64.py -rs -s
 
 lint: $(READY)  ## Check style and format
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
