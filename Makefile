@@ -46,10 +46,10 @@ types: $(READY)  ## Check types
 
 check: lint types test  ## Lint, types and default tests
 
-bench: $(READY) models/smollm2/config.json  ## Cost of pruning, its quality, and that of 8-bit recipes (TEXT=file)
+bench: $(READY) models/smollm2/config.json  ## Cost of pruning, its quality, and dense and pruned models side by side (TEXT=file)
 	$(BIN)/python benchmarks/cost.py --model models/smollm2
 	$(BIN)/python benchmarks/quality.py --model models/smollm2 $(if $(TEXT),--calibration $(TEXT):0:0.6 --text $(TEXT):0.6:1)
-	$(BIN)/python benchmarks/int8.py --model models/smollm2 $(if $(TEXT),--text $(TEXT))
+	$(BIN)/python benchmarks/speed.py --model models/smollm2 --report $(OUT)/speed $(if $(TEXT),--text $(TEXT))
 
 clean:  ## Remove what was made, but for .venv and models
 	rm -rf $(OUT) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,8 +2,9 @@
 
     python benchmarks/speed.py --model models/smollm2 --calibration text.txt --text other.txt --report out/speed
 
-Prunes twice (with equalization for 8 bits, without for 4), exports, quantizes, also with Optimum's own preset, and
-measures each model in a process of its own, all in one run on the same prompts and tokens.
+Without `--calibration`, the first 60 % of the text calibrate and the rest is measured. Prunes twice (with equalization
+for 8 bits, without for 4), exports, quantizes, also with Optimum's own preset, and measures each model in a process of
+its own, all in one run on the same prompts and tokens.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ def main() -> None:
     """Make every model, measure it, print one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--calibration", default=PYDOC)
-    parser.add_argument("--text", default=PYDOC, help="perplexity is measured on this; should be another text")
+    parser.add_argument("--calibration", help="text to calibrate with; a part of --text if not given")
+    parser.add_argument("--text", default=PYDOC, help="perplexity is measured on this")
     parser.add_argument("--sparsity", type=float, default=0.2)
     parser.add_argument("--preset", default="arm64", choices=("arm64", "avx2"), help="Optimum's, to compare with")
     parser.add_argument("--target", default="any")
@@ -48,10 +49,12 @@ def main() -> None:
     if args.report is not None:
         require_matplotlib()
     logging.getLogger(ROOT_LOGGER).setLevel(logging.INFO)
-    settings = Settings(
-        text=args.text, max_tokens=args.max_tokens, long_prompt_tokens=512, new_tokens=64, threads=args.threads
-    )
     with tempfile.TemporaryDirectory() as scratch:
+        if args.calibration is None:
+            args.calibration, args.text = split(args.text, Path(scratch))
+        settings = Settings(
+            text=args.text, max_tokens=args.max_tokens, long_prompt_tokens=512, new_tokens=64, threads=args.threads
+        )
         models = make(args, args.work or Path(scratch))
         results = {name: evaluate_apart(path, settings) for name, path in models.items()}
     print(evaluation_table(results))
@@ -63,6 +66,16 @@ def main() -> None:
         args.json.write_text(json.dumps({name: result.to_dict() for name, result in results.items()}, indent=1))
     if args.report is not None:
         print(write_report(results, args.report, f"{Path(args.model).name}: size and speed against perplexity"))
+
+
+def split(source: str, folder: Path) -> tuple[str, str]:
+    """Two files: the first part of a text, and the rest."""
+    text, _ = read_text(source)
+    cut = text.find("\n", int(0.6 * len(text))) + 1
+    parts = {"calibration.txt": text[:cut], "held-out.txt": text[cut:]}
+    for name, content in parts.items():
+        (folder / name).write_text(content, encoding="utf-8")
+    return str(folder / "calibration.txt"), str(folder / "held-out.txt")
 
 
 def make(args: Any, folder: Path) -> dict[str, Path]:
