@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from optimum_comp.atomic import COMPRESSION_SUMMARY, atomic_folder, check_folder
+from optimum_comp.bundle import BundleReport, write_bundle
 from optimum_comp.calibration import PYDOC, SELF, CalibrationSource, prepare_calibration, read_text
 from optimum_comp.configuration import CompConfig
 from optimum_comp.evaluation import Evaluation, Settings, evaluate_apart, is_onnx_folder
@@ -24,7 +25,7 @@ from optimum_comp.onnx.search import Budget, search
 from optimum_comp.opening import trusted
 from optimum_comp.pruner import CompPruner
 from optimum_comp.report.table import evaluation_table
-from optimum_comp.utils import get_logger
+from optimum_comp.utils import format_bytes, get_logger
 
 
 logger = get_logger(__name__)
@@ -47,16 +48,19 @@ class Compression:
         output: the folder with a subfolder a stage.
         pruning: summary of the pruning run.
         stages: the stages' measurements, dense first.
+        bundle: what was written for a phone; `None` if nothing was.
     """
 
     output: Path
     pruning: dict[str, Any]
     stages: dict[str, Evaluation]
+    bundle: BundleReport | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         stages = {name: stage.to_dict() for name, stage in self.stages.items()}
-        return {"output": str(self.output), "pruning": self.pruning, "stages": stages}
+        bundle = None if self.bundle is None else {"output": str(self.bundle.output), "files": self.bundle.files}
+        return {"output": str(self.output), "pruning": self.pruning, "stages": stages, "bundle": bundle}
 
     @property
     def quantization_loss(self) -> float | None:
@@ -74,6 +78,11 @@ class Compression:
             lines.append(f"Quantization: {loss:.4f} times the float model's perplexity, {aim}.")
         smaller = 1 - list(self.stages.values())[-1].size_bytes / next(iter(self.stages.values())).size_bytes
         lines.append(f"{self.output}: {smaller:.1%} smaller than the dense model.")
+        if self.bundle is not None:
+            size = format_bytes(sum(self.bundle.files.values()))
+            lines.append(
+                "\n".join([f"{self.bundle.output}: bundle for {self.bundle.target}, {size}.", *self.bundle.notes])
+            )
         return "\n\n".join(lines)
 
 
@@ -90,6 +99,8 @@ def compress(
     target: str = "any",
     budget: Budget | None = None,
     settings: Settings | None = None,
+    bundle: str | Path | None = None,
+    ort_format: bool = False,
     overwrite: bool = False,
     **loading: Any,
 ) -> Compression:
@@ -108,7 +119,9 @@ def compress(
         target: the processor that it is for.
         budget: search for the mix of precisions that keeps it, relative to the pruned model.
         settings: what to measure.
-        overwrite: replace an earlier result.
+        bundle: folder to make a bundle for a phone in (see `write_bundle`); `None` for none.
+        ort_format: with the model in ORT format, too.
+        overwrite: replace an earlier result, and bundle.
         loading: passed on to `from_pretrained`.
 
     Raises:
@@ -123,6 +136,8 @@ def compress(
     require_onnxruntime()
     find_recipe(recipe)
     find_target(target)
+    if bundle is not None:
+        check_folder(bundle, overwrite=overwrite, sources=[*sources, output])
     if settings.text is not None:
         read_text(settings.text, settings.text_column, settings.max_tokens)
 
@@ -153,6 +168,16 @@ def compress(
         result = Compression(output, pruning, stages)
         (folder / COMPRESSION_SUMMARY).write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(f"# {output.name}\n\n{result.text()}\n", encoding="utf-8")
+    if bundle is not None:
+        logger.info("Writing the bundle ...")
+        result.bundle = write_bundle(
+            output / quantized,
+            bundle,
+            target=target,
+            ort_format=ort_format,
+            checkpoint=output / PRUNED,
+            overwrite=overwrite,
+        )
     return result
 
 

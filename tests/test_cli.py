@@ -10,6 +10,8 @@ import pytest
 from conftest import run, run_until, tiny_model
 from transformers import AutoModelForCausalLM, BertConfig
 
+from optimum_comp.bundle import verify_bundle
+
 
 SMALL = ("--num-samples", "8", "--sequence-length", "32", "--round-to", "8")
 
@@ -153,7 +155,8 @@ def test_eval_and_bench(tiny_folder, text, tmp_path):
 def test_compress_and_quantize(tiny_folder, text, tmp_path):
     measuring = ("--text", text, "--window", 32, "--prompt-tokens", 16, "--new-tokens", 4, "--repeats", 1)
     given = ("--model", tiny_folder, "--calibration", text, "--sparsity", 0.3, *SMALL, *measuring, "--prompt", "Hi")
-    done = run("compress", *given, "--json", tmp_path / "numbers.json", tmp_path / "out")
+    phone = ("--target", "arm64", "--bundle", tmp_path / "phone")
+    done = run("compress", *given, *phone, "--json", tmp_path / "numbers.json", tmp_path / "out")
     stages = json.loads((tmp_path / "numbers.json").read_text())["stages"]
     assert list(stages) == ["dense", "pruned", "pruned-onnx", "pruned-int8"]
     assert stages["pruned-onnx"]["perplexity"] == pytest.approx(stages["pruned"]["perplexity"], rel=1e-4)
@@ -169,6 +172,12 @@ def test_compress_and_quantize(tiny_folder, text, tmp_path):
         "README.md",
     }
     assert str(tmp_path) not in (tmp_path / "out" / "pruned" / "README.md").read_text()
+    # Equalization is on where 8 bits follow.
+    assert json.loads((tmp_path / "out" / "pruned" / "comp_config.json").read_text())["equalize"] is True
+    assert "phone: bundle for arm64" in done.stdout
+    assert verify_bundle(tmp_path / "phone").target == "arm64"
+    again = run("compress", *given, *phone, tmp_path / "other", check=False)
+    assert again.returncode == 1 and "phone" in again.stderr and not (tmp_path / "other").exists()
     run("compress", *given, "--overwrite", tmp_path / "out")
     for number, source in enumerate(("pruned", "pruned-onnx")):
         run("quantize", "--model", tmp_path / "out" / source, "--recipe", "int8-dynamic", tmp_path / f"q{number}")

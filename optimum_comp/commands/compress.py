@@ -32,6 +32,15 @@ class CompressCommand(CompSubcommand):
         parser.add_argument("-m", "--model", required=True, help="Local folder or hub id.")
         add_config_arguments(parser)
         add_quantization_arguments(parser)
+        bundle = parser.add_argument_group("for the phone")
+        bundle.add_argument(
+            "--bundle",
+            type=Path,
+            metavar="FOLDER",
+            help="Write the quantized model there with all that ONNX Runtime and\n"
+            "ONNX Runtime GenAI need, a manifest and code to start from.",
+        )
+        bundle.add_argument("--ort-format", action="store_true", help="With the model in ORT format, too.")
         add_measuring_arguments(parser)
         add_loading_arguments(parser)
         parser.add_argument("--overwrite", action="store_true", help="Replace an earlier result in OUTPUT.")
@@ -55,6 +64,8 @@ class CompressCommand(CompSubcommand):
             batch_size=args.batch_size,
             max_memory=args.max_memory,
             settings=settings_from(args, args.text),
+            bundle=args.bundle,
+            ort_format=args.ort_format,
             overwrite=args.overwrite,
             **quantization,
             **loading_arguments(args),

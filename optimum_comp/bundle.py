@@ -1,0 +1,538 @@
+"""A folder to copy to a phone: the quantized model for Optimum and for ONNX Runtime GenAI, with a manifest."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import io
+import json
+import logging
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from optimum_comp import __version__
+from optimum_comp.atomic import atomic_folder, check_folder, require_finished
+from optimum_comp.onnx.folders import MODEL_NAME, copy_companions
+from optimum_comp.onnx.genai import (
+    GenaiEnvironment,
+    can_be_fused,
+    chat_text,
+    check_checkpoint,
+    find_environment,
+    fuse,
+    genai_config,
+    greedy_tokens,
+    mend_tokenizer,
+    require_environment,
+    save_with_data,
+    try_in_genai,
+    write_config,
+)
+from optimum_comp.onnx.noise import without_noise
+from optimum_comp.onnx.recipes import find_target
+from optimum_comp.onnx.runtime import require_onnxruntime
+from optimum_comp.utils import format_bytes, get_logger
+
+
+logger = get_logger(__name__)
+
+MANIFEST = "manifest.json"
+FORMAT, FORMAT_VERSION = "optimum-comp-bundle", 1
+
+FUSED_NAME = "model_fused.onnx"
+"""Not another `model.onnx` in a folder below: Optimum looks through those too, and takes any of several."""
+
+EXTERNAL_DATA_BYTES = 100_000_000
+"""Size of a graph with its weights above which these get a file of their own, for a phone to map into memory."""
+
+_TRIAL_TEXT, _TRIAL_TOKENS = "The capital of France is", 8
+_DISTRIBUTIONS = ("optimum", "optimum-onnx", "transformers", "torch", "onnx", "onnxruntime")
+
+
+class BundleError(ValueError):
+    """A bundle isn't what its manifest says."""
+
+
+@dataclass(frozen=True)
+class BundleReport:
+    """What a bundle holds.
+
+    Attributes:
+        output: the folder.
+        target: name of the processor it is for.
+        recipe: name of the quantization recipe; `None` if the folder it was made from doesn't say.
+        files: path in the folder -> size in bytes, the manifest aside.
+        genai_graph: the graph that GenAI runs: `model_fused.onnx`, or `model.onnx`.
+        genai_agrees: whether GenAI, when the bundle was made, generated what ONNX Runtime generates; `None` if it
+            wasn't tried, for want of an environment with GenAI.
+        notes: what a user has to know.
+        seconds: it took to write, or 0.
+    """
+
+    output: Path
+    target: str
+    recipe: str | None
+    files: dict[str, int]
+    genai_graph: str
+    genai_agrees: bool | None
+    notes: list[str]
+    seconds: float = 0.0
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all files but the manifest."""
+        return sum(self.files.values())
+
+    def text(self) -> str:
+        """What was made, in a few lines."""
+        lines = [f"{self.output}: {format_bytes(self.size_bytes)} in {len(self.files)} files for {self.target}."]
+        tried = {True: "and gives ONNX Runtime's tokens", False: "but gives other tokens", None: "which wasn't tried"}
+        lines.append(f"ONNX Runtime GenAI runs {self.genai_graph}, {tried[self.genai_agrees]}.")
+        return "\n".join([*lines, *self.notes])
+
+
+def write_bundle(
+    quantized: str | Path,
+    output: str | Path,
+    *,
+    target: str,
+    ort_format: bool = False,
+    checkpoint: str | Path | None = None,
+    genai: bool | None = None,
+    genai_python: str | Path | None = None,
+    external_data_bytes: int = EXTERNAL_DATA_BYTES,
+    overwrite: bool = False,
+) -> BundleReport:
+    """Make a self-contained folder of a quantized model.
+
+    It opens with `ORTModelForCausalLM.from_pretrained` and with ONNX Runtime GenAI. With the float checkpoint and an
+    environment of GenAI's model builder, it also gets `model_fused.onnx`: the same weights, in the same file, in a
+    graph with attention as one operator, which GenAI generates with about twice as fast.
+
+    Args:
+        quantized: an ONNX folder as `quantize_onnx` makes it.
+        output: the folder to make.
+        target: a key of `TARGETS`: the processor that the bundle is for.
+        ort_format: add `model.ort` and the configuration of a minimal build of ONNX Runtime that it needs.
+        checkpoint: the float checkpoint that was exported and quantized.
+        genai: whether to make the fused graph; `None` makes it if there are checkpoint, environment and a recipe that
+            stores all weights in blocks.
+        genai_python: interpreter of an environment with ONNX Runtime GenAI; `None` takes `COMP_GENAI_PYTHON`.
+        external_data_bytes: size above which weights get a file of their own. With a fused graph they always do.
+        overwrite: replace a bundle or a model that is in `output`.
+
+    Raises:
+        FileExistsError: the output exists and isn't to be, or may not be, overwritten.
+        ImportError: the `onnxruntime` extra isn't installed, or there is no environment to make the fused graph in.
+        RuntimeError: a graph that was made computes something else than the one it was made of.
+        ValueError: no such target, no model in `quantized`, a fused graph is asked for that can't be made, or
+            `output` is in a folder that is read from.
+    """
+    started = time.perf_counter()
+    source = Path(quantized)
+    float_checkpoint = None if checkpoint is None else Path(checkpoint)
+    find_target(target)
+    _check_quantized(source)
+    if genai and float_checkpoint is None:
+        raise ValueError("the fused graph is made from the float checkpoint; give checkpoint.")
+    if float_checkpoint is not None:
+        check_checkpoint(float_checkpoint)
+    sources = [path for path in (source, float_checkpoint) if path is not None]
+    check_folder(output, overwrite=overwrite, sources=sources)
+    require_onnxruntime()
+    genai_config(source)
+    environment = require_environment(genai_python) if genai else find_environment(genai_python)
+    recipe = _recipe_of(source)
+    notes: list[str] = []
+    if recipe.get("target", "any") not in ("any", target):
+        notes.append(f"The model was quantized for {recipe['target']}, not for {target}.")
+    fusing = float_checkpoint if _is_fused(source, float_checkpoint, environment, genai, notes) else None
+
+    with atomic_folder(output, overwrite=overwrite, sources=sources) as folder, without_noise():
+        copy_companions(source, folder)
+        for name in ("config.json", "ort_config.json"):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+        _copy_graph(source, folder, separate=fusing is not None, limit=external_data_bytes)
+        built = None
+        if fusing is not None and environment is not None:
+            built = _fuse(folder, fusing, environment, genai, notes)
+        graph = MODEL_NAME if built is None else FUSED_NAME
+        write_config(folder, graph, built=built)
+        notes += mend_tokenizer(folder)
+        if ort_format:
+            _write_ort_format(folder, target)
+        agrees = None if environment is None else _try(folder, environment, graph, notes)
+        report = BundleReport(Path(output), target, recipe.get("name"), {}, graph, agrees, notes)
+        (folder / "README.md").write_text(_readme(folder, report, Path(output).resolve().name), encoding="utf-8")
+        _write_manifest(folder, report, recipe, environment)
+        files = _sizes(folder)
+    return dataclasses.replace(report, files=files, seconds=time.perf_counter() - started)
+
+
+def verify_bundle(folder: str | Path) -> BundleReport:
+    """Check every file of a bundle against its manifest.
+
+    Returns:
+        What the bundle holds.
+
+    Raises:
+        BundleError: there is no manifest that this version reads, or a file is missing, differs or isn't listed;
+            names it.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}.")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        version, listed = manifest["format_version"], {entry["path"]: entry for entry in manifest["files"]}
+        if manifest["format"] != FORMAT:
+            raise BundleError(f"{path} is not of the format {FORMAT}.")
+        if version != FORMAT_VERSION:
+            raise BundleError(f"{path} has format version {version}; this package reads {FORMAT_VERSION}.")
+        for name, entry in listed.items():
+            _check_file(folder, name, entry["bytes"], entry["sha256"])
+        report = BundleReport(
+            folder,
+            manifest["target"],
+            manifest["recipe"].get("name"),
+            {name: entry["bytes"] for name, entry in listed.items()},
+            manifest["genai"]["graph"],
+            manifest["genai"]["agrees"],
+            manifest["notes"],
+        )
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise BundleError(f"{path} is damaged: {error!r}.") from error
+    if report.size_bytes != manifest.get("total_bytes"):
+        raise BundleError(f"{path} is damaged: its files have {report.size_bytes} bytes, not total_bytes.")
+    unlisted = sorted(set(_sizes(folder)) - set(listed))
+    if unlisted:
+        raise BundleError(f"{folder / unlisted[0]} is not in the manifest.")
+    return report
+
+
+def _check_file(folder: Path, name: str, size: int, digest: str) -> None:
+    parts = PurePosixPath(name)
+    if parts.is_absolute() or ".." in parts.parts or "\\" in name:
+        raise BundleError(f"{folder / MANIFEST} names {name!r}, which is not in the bundle.")
+    path = folder / parts
+    if not path.is_file():
+        raise BundleError(f"{path} is missing.")
+    if path.stat().st_size != size:
+        raise BundleError(f"{path} has {path.stat().st_size} bytes; the manifest says {size}.")
+    if _sha256(path) != digest:
+        raise BundleError(f"{path} differs from what the manifest says: its SHA-256 is another.")
+
+
+def _check_quantized(source: Path) -> None:
+    require_finished(source)
+    for name in (MODEL_NAME, "config.json"):
+        if not (source / name).is_file():
+            raise ValueError(f"{source} is not an ONNX folder: it has no {name}.")
+
+
+def _recipe_of(source: Path) -> dict[str, Any]:
+    """The quantization recipe that `quantize_onnx` has noted, without its list of nodes."""
+    path = source / "ort_config.json"
+    noted = json.loads(path.read_text(encoding="utf-8")).get("comp_recipe", {}) if path.is_file() else {}
+    return {key: value for key, value in noted.items() if key != "nodes"}
+
+
+def _is_fused(
+    source: Path,
+    checkpoint: Path | None,
+    environment: GenaiEnvironment | None,
+    wanted: bool | None,
+    notes: list[str],
+) -> bool:
+    """Whether there will be a fused graph.
+
+    Raises:
+        ValueError: it is asked for, and the weights aren't stored in a way that it can take.
+    """
+    import onnx
+
+    if wanted is False or checkpoint is None or environment is None:
+        return False
+    if can_be_fused(onnx.load(source / MODEL_NAME, load_external_data=False).graph):
+        return True
+    problem = f"{source} has weights that aren't stored in blocks, so there is no fused graph; recipe int8 makes one."
+    if wanted:
+        raise ValueError(problem)
+    notes.append(problem)
+    return False
+
+
+def _fuse(
+    folder: Path, checkpoint: Path, environment: GenaiEnvironment, wanted: bool | None, notes: list[str]
+) -> dict[str, Any] | None:
+    """Make the fused graph; where nobody has asked for it, do without if the builder can't."""
+    logger.info("Making the graph with fused attention ...")
+    try:
+        return fuse(folder / MODEL_NAME, checkpoint, environment, folder / FUSED_NAME)
+    except RuntimeError as error:
+        if wanted:
+            raise
+        (folder / FUSED_NAME).unlink(missing_ok=True)
+        notes.append(f"There is no graph with fused attention: {error}")
+        return None
+
+
+def _copy_graph(source: Path, folder: Path, *, separate: bool, limit: int) -> None:
+    import onnx_ir
+
+    model = onnx_ir.load(source / MODEL_NAME)
+    tensors = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
+    is_separate = any(isinstance(tensor, onnx_ir.ExternalTensor) for tensor in tensors)
+    if separate or is_separate or sum(tensor.nbytes for tensor in tensors) > limit:
+        save_with_data(model, folder / MODEL_NAME)
+    else:
+        shutil.copyfile(source / MODEL_NAME, folder / MODEL_NAME)
+
+
+def _write_ort_format(folder: Path, target: str) -> None:
+    """Convert `model.onnx` to `model.ort`, with optimizations that hold for all processors of the target's kind."""
+    from onnxruntime.tools.convert_onnx_models_to_ort import OptimizationStyle, convert_onnx_models_to_ort
+
+    platform = "amd64" if target.startswith("x86") else "arm"
+    # It tells on its standard output and in its log what it is about to do.
+    talker = logging.getLogger("ort_format_model.utils")
+    level = talker.level
+    talker.setLevel(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            convert_onnx_models_to_ort(
+                folder / MODEL_NAME,
+                output_dir=folder,
+                optimization_styles=[OptimizationStyle.Fixed],
+                target_platform=platform,
+                enable_type_reduction=True,
+            )
+    except Exception as error:
+        raise RuntimeError(f"{MODEL_NAME} can't be converted to ORT format: {error}") from error
+    finally:
+        talker.setLevel(level)
+
+
+def _try(folder: Path, environment: GenaiEnvironment, graph: str, notes: list[str]) -> bool:
+    """Run the bundle in GenAI, and note what a user has to know.
+
+    Returns:
+        Whether it generated what ONNX Runtime generates with the same graph.
+
+    Raises:
+        RuntimeError: GenAI doesn't open or run it.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder) if (folder / "tokenizer.json").is_file() else None
+    prompt = list(range(3, 15)) if tokenizer is None else tokenizer(_TRIAL_TEXT)["input_ids"]
+    trial = try_in_genai(folder, environment, prompt, _TRIAL_TOKENS)
+    expected = greedy_tokens(folder / MODEL_NAME, folder / graph, prompt, _TRIAL_TOKENS)
+    if trial.tokens != expected:
+        notes.append(f"GenAI generated {trial.tokens} where ONNX Runtime generates {expected} with the same graph.")
+    if tokenizer is not None and trial.encodings is None:
+        notes.append("GenAI can't open this tokenizer; turn text into tokens outside of it.")
+    elif tokenizer is not None and not trial.agrees_with(tokenizer):
+        notes.append("GenAI's tokenizer gives other tokens than transformers' on the texts that were compared.")
+    return trial.tokens == expected
+
+
+def _write_manifest(
+    folder: Path, report: BundleReport, recipe: dict[str, Any], environment: GenaiEnvironment | None
+) -> None:
+    sizes = _sizes(folder)
+    files = [{"path": name, "bytes": size, "sha256": _sha256(folder / name)} for name, size in sizes.items()]
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    versions = {"optimum-comp": __version__}
+    versions |= {name: importlib.metadata.version(name) for name in _DISTRIBUTIONS}
+    if environment is not None:
+        versions["onnxruntime-genai"] = environment.versions["onnxruntime-genai"]
+    manifest = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "model_type": config["model_type"],
+        "target": report.target,
+        "recipe": recipe,
+        "genai": {"graph": report.genai_graph, "agrees": report.genai_agrees},
+        "notes": report.notes,
+        "files": files,
+        "total_bytes": sum(sizes.values()),
+        "versions": versions,
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Path in the folder -> size in bytes, the manifest aside."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+    return {name: size for name, size in names.items() if name != MANIFEST}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _readme(folder: Path, report: BundleReport, name: str) -> str:
+    files = "\n".join(
+        f"| `{path}` | {format_bytes(size)} | {_describe(path)} |" for path, size in _sizes(folder).items()
+    )
+    quoted = json.dumps(_prompt(folder), ensure_ascii=False)
+    texts = {
+        "NAME": name,
+        "TARGET": report.target,
+        "RECIPE": report.recipe or "-",
+        "GRAPH": report.genai_graph,
+        "FILES": files,
+        "KOTLIN_PROMPT": quoted.replace("$", "\\$"),
+        "PROMPT": quoted,
+    }
+    text = _README
+    for key, value in texts.items():
+        text = text.replace(f"@{key}@", value)
+    return text
+
+
+def _describe(path: str) -> str:
+    known = {
+        MODEL_NAME: "graph for Optimum and plain ONNX Runtime",
+        f"{MODEL_NAME}.data": "weights, of both graphs where there are two",
+        FUSED_NAME: "graph with fused attention, for GenAI",
+        "model.ort": "ORT format, for a minimal build of ONNX Runtime",
+        "genai_config.json": "how GenAI runs the model",
+        "config.json": "architecture",
+        "generation_config.json": "how to choose tokens",
+        "ort_config.json": "how it was quantized",
+        "chat_template.jinja": "how a chat is written",
+    }
+    if path in known:
+        return known[path]
+    if path.endswith(".config"):
+        return "operators and types that a minimal build needs"
+    return "tokenizer" if path.startswith(("tokenizer", "special_tokens", "vocab", "merges", "added")) else ""
+
+
+def _prompt(folder: Path) -> str:
+    """A chat with `{question}` in it as text, as the model's template puts it."""
+    from transformers import AutoTokenizer
+
+    if not (folder / "tokenizer.json").is_file():
+        return "{question}"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return chat_text(tokenizer, "{question}") if tokenizer.chat_template else "{question}"
+
+
+_README = """# @NAME@
+
+A quantized language model (recipe `@RECIPE@`, for `@TARGET@`), made by optimum-comp. Copy the whole folder to the
+device. `manifest.json` has the size and SHA-256 of every file.
+
+| file | size | |
+| --- | ---: | --- |
+@FILES@
+
+## Python, Optimum
+
+`pip install 'optimum-onnx[onnxruntime]' 'onnxruntime>=1.23'`
+
+```python
+from optimum.onnxruntime import ORTModelForCausalLM
+from transformers import AutoTokenizer
+
+folder = "@NAME@"
+model = ORTModelForCausalLM.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+prompt = @PROMPT@.replace("{question}", "What is gravity?")
+inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+answer = model.generate(**inputs, max_new_tokens=100)
+print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+
+## Python, ONNX Runtime GenAI
+
+`pip install 'onnxruntime-genai>=0.18'`. GenAI runs `@GRAPH@`.
+
+```python
+import onnxruntime_genai as genai
+
+model = genai.Model("@NAME@")
+tokenizer = genai.Tokenizer(model)
+stream = tokenizer.create_stream()
+settings = genai.GeneratorParams(model)
+settings.set_search_options(max_length=512)
+generator = genai.Generator(model, settings)
+generator.append_tokens(tokenizer.encode(@PROMPT@.replace("{question}", "What is gravity?")))
+while not generator.is_done():
+    generator.generate_next_token()
+    print(stream.decode(generator.get_next_tokens()[0]), end="", flush=True)
+```
+
+## Android, Kotlin
+
+The archive `onnxruntime-genai-android-VERSION.aar` (0.18 or later) is among the files of ONNX Runtime GenAI's
+releases; put it into `app/libs`. Copy this folder to the app's own files, such as `filesDir`: it can't be read from
+inside the package.
+
+```kotlin
+// build.gradle.kts: implementation(fileTree("libs") { include("*.aar") })
+import ai.onnxruntime.genai.Generator
+import ai.onnxruntime.genai.GeneratorParams
+import ai.onnxruntime.genai.Model
+import ai.onnxruntime.genai.Tokenizer
+
+fun answer(folder: String, question: String, onText: (String) -> Unit) {
+    val prompt = @KOTLIN_PROMPT@.replace("{question}", question)
+    Model(folder).use { model ->
+        Tokenizer(model).use { tokenizer ->
+            GeneratorParams(model).use { settings ->
+                settings.setSearchOption("max_length", 512.0)
+                Generator(model, settings).use { generator ->
+                    tokenizer.createStream().use { stream ->
+                        tokenizer.encode(prompt).use { generator.appendTokenSequences(it) }
+                        while (!generator.isDone) {
+                            generator.generateNextToken()
+                            onText(stream.decode(generator.getLastTokenInSequence(0)))
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+```
+
+## iOS, Swift
+
+ONNX Runtime GenAI's Objective-C library (0.18 or later), with `#import "ort_genai_objc.h"` in the bridging header. Add
+this folder to the app as a folder reference.
+
+```swift
+func answer(folder: String, question: String, onText: (String) -> Void) throws {
+    let prompt = @PROMPT@.replacingOccurrences(of: "{question}", with: question)
+    let model = try OGAModel(path: folder)
+    let tokenizer = try OGATokenizer(model: model)
+    let stream = try OGATokenizerStream(tokenizer: tokenizer)
+    let settings = try OGAGeneratorParams(model: model)
+    try settings.setSearchOption("max_length", doubleValue: 512)
+    let generator = try OGAGenerator(model: model, params: settings)
+    try generator.appendTokenSequences(tokenizer.encode(prompt))
+    while try !generator.isDone() {
+        try generator.generateNextToken()
+        let count = generator.sequenceCount(at: 0, error: nil)
+        let tokens = try generator.sequenceData(at: 0)
+        onText(try stream.decode(tokens[count - 1]))
+    }
+}
+```
+"""

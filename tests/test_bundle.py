@@ -1,0 +1,533 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import IDS, SIZES, tiny_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("optimum.onnxruntime")
+
+from optimum.onnxruntime import ORTModelForCausalLM  # noqa: E402
+
+from optimum_comp.bundle import FUSED_NAME, MANIFEST, BundleError, verify_bundle, write_bundle  # noqa: E402
+from optimum_comp.onnx.export import export_onnx  # noqa: E402
+from optimum_comp.onnx.genai import (  # noqa: E402
+    ENVIRONMENT_VARIABLE,
+    build_genai,
+    find_environment,
+    genai_config,
+    mend_tokenizer,
+    require_environment,
+    try_in_genai,
+)
+from optimum_comp.onnx.quantization import quantize_onnx  # noqa: E402
+from optimum_comp.onnx.runtime import load_onnx  # noqa: E402
+
+
+TEXT = "Hello  world\n\n  def f(x):\treturn 'é漢😀'\n"
+GENAI_PYTHON = os.environ.get(ENVIRONMENT_VARIABLE)
+needs_genai = pytest.mark.skipif(not GENAI_PYTHON, reason=f"{ENVIRONMENT_VARIABLE} is not set")
+
+
+@pytest.fixture(autouse=True)
+def without_environment(request, monkeypatch):
+    """Only tests that ask for GenAI's environment see it."""
+    if "environment" not in request.fixturenames:
+        monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+
+
+@pytest.fixture(scope="module")
+def environment():
+    return find_environment(GENAI_PYTHON)
+
+
+def byte_level_tokenizer(decoder=None) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoder or decoders.ByteLevel()
+    special = ["<pad>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator([TEXT, "the theory of the thing, " * 20, "hello world " * 20], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template="{% for m in messages %}<s>{{ m['content'] }}$\n{% endfor %}",
+    )
+
+
+def gguf_decoder():
+    """As conversions from GGUF write it: made for SentencePiece, with the byte-level step at its end."""
+    steps = [decoders.ByteFallback(), decoders.Fuse(), decoders.Replace("▁", " "), decoders.ByteLevel()]
+    return decoders.Sequence(steps)
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    """A tiny tied Llama with a byte-level tokenizer of the kind that GenAI reads wrong: checkpoint, int8 folder."""
+    root = tmp_path_factory.mktemp("chain")
+    torch.manual_seed(0)
+    sizes = {**SIZES, "vocab_size": 320, "intermediate_size": 96, "num_key_value_heads": 2}
+    config = LlamaConfig(**sizes, **IDS, tie_word_embeddings=True, rope_theta=50_000.0, max_position_embeddings=256)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Answers that aren't the same token all over.
+            if parameter.dim() == 2:
+                parameter.mul_(4)
+    model.save_pretrained(root / "checkpoint")
+    byte_level_tokenizer(gguf_decoder()).save_pretrained(root / "checkpoint")
+    export_onnx(root / "checkpoint", root / "onnx")
+    quantize_onnx(root / "onnx", root / "int8")
+    return root / "checkpoint", root / "int8"
+
+
+@pytest.fixture(scope="module")
+def bundle(chain, tmp_path_factory):
+    """A bundle of it, weights in a file of their own, without GenAI's environment."""
+    output = tmp_path_factory.mktemp("bundle") / "phone"
+    report = write_bundle(chain[1], output, target="arm64", external_data_bytes=0, genai=False)
+    return output, report
+
+
+def greedy(folder: Path, **kwargs) -> list[int]:
+    prompt = torch.tensor([[5, 90, 17, 200, 33]])
+    model = load_onnx(folder, threads=1, **kwargs)
+    assert isinstance(model, ORTModelForCausalLM)
+    tokens = model.generate(prompt, attention_mask=torch.ones_like(prompt), min_new_tokens=12, max_new_tokens=12)
+    return tokens[0].tolist()
+
+
+@pytest.mark.parametrize("external_data_bytes", [0, 100_000_000])
+def test_bundle_generates_what_its_source_does(external_data_bytes, chain, tmp_path, capfd):
+    report = write_bundle(
+        chain[1], tmp_path / "out", target="arm64", external_data_bytes=external_data_bytes, genai=False
+    )
+    assert (tmp_path / "out" / "model.onnx.data").is_file() == (external_data_bytes == 0)
+    assert report.recipe == "int8"
+    assert report.genai_graph == "model.onnx"
+    assert report.genai_agrees is None
+    assert "which wasn't tried" in report.text()
+    assert greedy(tmp_path / "out") == greedy(chain[1])
+    captured = capfd.readouterr()
+    assert captured.out + captured.err == ""
+
+
+def test_external_data_holds_the_weights(chain, bundle):
+    folder, _ = bundle
+    whole = (chain[1] / "model.onnx").stat().st_size
+    # Of so small a model, half is graph.
+    assert (folder / "model.onnx.data").stat().st_size > whole / 3
+    stored = {t.name: t for t in onnx.load(folder / "model.onnx", load_external_data=False).graph.initializer}
+    large = [t for t in stored.values() if np.prod(t.dims) > 2048]
+    assert large
+    assert all({e.key: e.value for e in t.external_data}["location"] == "model.onnx.data" for t in large)
+
+
+def test_manifest_lists_every_file_and_verifies(bundle):
+    folder, report = bundle
+    manifest = json.loads((folder / MANIFEST).read_text())
+    listed = {entry["path"]: entry["bytes"] for entry in manifest["files"]}
+    assert listed == {p.name: p.stat().st_size for p in folder.iterdir() if p.name != MANIFEST}
+    assert manifest["total_bytes"] == sum(listed.values()) == report.size_bytes
+    assert (manifest["format_version"], manifest["target"], manifest["recipe"]["name"]) == (1, "arm64", "int8")
+    assert manifest["versions"]["onnxruntime"]
+    found = verify_bundle(folder)
+    assert (found.files, found.target, found.recipe, found.notes) == (report.files, "arm64", "int8", report.notes)
+
+
+@pytest.mark.parametrize("name", ["model.onnx.data", "tokenizer.json", "README.md"])
+def test_flipped_byte_is_found(name, bundle, tmp_path):
+    shutil.copytree(bundle[0], tmp_path / "copy")
+    path = tmp_path / "copy" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(BundleError, match=rf"{re.escape(name)} differs.*SHA-256"):
+        verify_bundle(tmp_path / "copy")
+
+
+def damage_size(folder: Path):
+    with (folder / "model.onnx").open("ab") as file:
+        file.write(b"x")
+
+
+def damage_manifest(folder: Path, change):
+    path = folder / MANIFEST
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_size, r"model\.onnx has \d+ bytes; the manifest says \d+"),
+        (lambda f: (f / "config.json").unlink(), r"config\.json is missing"),
+        (lambda f: (f / "stranger.bin").write_bytes(b""), r"stranger\.bin is not in the manifest"),
+        (lambda f: (f / MANIFEST).unlink(), "is not a bundle"),
+        (lambda f: (f / MANIFEST).write_text("{"), "is damaged"),
+        (lambda f: (f / MANIFEST).write_text("[]"), "is damaged"),
+        (lambda f: damage_manifest(f, lambda m: m.update(format_version=2)), "format version 2"),
+        (lambda f: damage_manifest(f, lambda m: m.update(total_bytes=1)), "total_bytes"),
+        (lambda f: damage_manifest(f, lambda m: m["files"][0].update(path="../x")), "not in the bundle"),
+    ],
+)
+def test_damage_is_named(damage, message, bundle, tmp_path):
+    shutil.copytree(bundle[0], tmp_path / "copy")
+    damage(tmp_path / "copy")
+    with pytest.raises(BundleError, match=message):
+        verify_bundle(tmp_path / "copy")
+
+
+def test_existing_output_is_kept_or_replaced(chain, tmp_path):
+    output = tmp_path / "out"
+    write_bundle(chain[1], output, target="arm64", genai=False)
+    before = (output / MANIFEST).read_bytes()
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        write_bundle(chain[1], output, target="x86", genai=False)
+    assert (output / MANIFEST).read_bytes() == before
+    write_bundle(chain[1], output, target="x86", genai=False, overwrite=True)
+    assert verify_bundle(output).target == "x86"
+    with pytest.raises(ValueError, match="also the input"):
+        write_bundle(chain[1], chain[1], target="arm64", overwrite=True)
+
+
+def test_wrong_inputs_are_named_and_leave_nothing(chain, tmp_path):
+    checkpoint, quantized = chain
+    with pytest.raises(ValueError, match="arm64"):
+        write_bundle(quantized, tmp_path / "out", target="pocket calculator")
+    with pytest.raises(ValueError, match=r"no model\.onnx"):
+        write_bundle(checkpoint, tmp_path / "out", target="arm64")
+    with pytest.raises(ValueError, match="give checkpoint"):
+        write_bundle(quantized, tmp_path / "out", target="arm64", genai=True)
+    with pytest.raises(ImportError, match=ENVIRONMENT_VARIABLE):
+        write_bundle(quantized, tmp_path / "out", target="arm64", genai=True, checkpoint=checkpoint)
+    with pytest.raises(ValueError, match="not a model folder"):
+        write_bundle(quantized, tmp_path / "out", target="arm64", checkpoint=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_model_for_another_target_is_noted(chain, tmp_path):
+    shutil.copytree(chain[1], tmp_path / "int8")
+    path = tmp_path / "int8" / "ort_config.json"
+    config = json.loads(path.read_text())
+    config["comp_recipe"]["target"] = "x86-vnni"
+    path.write_text(json.dumps(config))
+    report = write_bundle(tmp_path / "int8", tmp_path / "out", target="arm64", genai=False)
+    assert "quantized for x86-vnni, not for arm64" in report.text()
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "opt"])
+def test_genai_config_agrees_with_graph_and_config(name, tmp_path):
+    model = tiny_model(name)
+    model.generation_config.eos_token_id = [2, 7]
+    model.generation_config.repetition_penalty = 1.2
+    model.save_pretrained(tmp_path / "checkpoint")
+    export_onnx(tmp_path / "checkpoint", tmp_path / "onnx")
+    settings = genai_config(tmp_path / "onnx")
+    decoder = settings["model"]["decoder"]
+    graph = onnx.load(tmp_path / "onnx" / "model.onnx").graph
+    shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in [*graph.input, *graph.output]}
+
+    layers = range(decoder["num_hidden_layers"])
+    plain = {v for k, v in decoder["inputs"].items() if not k.startswith("past_")}
+    keyed = {decoder["inputs"][f"past_{kind}_names"] % i for kind in ("key", "value") for i in layers}
+    assert plain | keyed == {value.name for value in graph.input}
+    outputs = {decoder["outputs"][f"present_{kind}_names"] % i for kind in ("key", "value") for i in layers}
+    assert outputs | {decoder["outputs"]["logits"]} == {value.name for value in graph.output}
+    heads, width = decoder["num_key_value_heads"], decoder["head_size"]
+    assert all(shapes[entry][1::2] == [heads, width] for entry in keyed)
+    assert shapes["logits"][-1] == settings["model"]["vocab_size"] == SIZES["vocab_size"]
+    config = model.config
+    assert decoder["num_hidden_layers"] == config.num_hidden_layers
+    assert heads == getattr(config, "num_key_value_heads", config.num_attention_heads)
+    assert decoder["hidden_size"] == config.hidden_size
+    assert settings["model"]["eos_token_id"] == [2, 7]
+    assert settings["model"]["bos_token_id"] == 1
+    assert settings["search"]["repetition_penalty"] == 1.2
+    assert settings["search"]["max_length"] <= settings["model"]["context_length"] == config.max_position_embeddings
+    # What it is written for: a cache that grows.
+    assert settings["search"]["past_present_share_buffer"] is False
+
+
+def test_model_without_an_end_is_refused(chain, tmp_path):
+    shutil.copytree(chain[1], tmp_path / "int8")
+    for name in ("config.json", "generation_config.json"):
+        path = tmp_path / "int8" / name
+        settings = json.loads(path.read_text())
+        settings["eos_token_id"] = None
+        path.write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="eos_token_id"):
+        write_bundle(tmp_path / "int8", tmp_path / "out", target="arm64", genai=False)
+
+
+def test_ort_format_computes_the_same(chain, tmp_path, capfd):
+    from onnxruntime import InferenceSession
+
+    report = write_bundle(chain[1], tmp_path / "out", target="arm64", ort_format=True, genai=False)
+    captured = capfd.readouterr()
+    assert captured.out + captured.err == ""
+    assert "model.required_operators_and_types.config" in report.files
+    folder = tmp_path / "out"
+    ids = np.arange(3, 19)[None]
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(ids.shape[1])[None]}
+    logits = []
+    for name in ("model.onnx", "model.ort"):
+        session = InferenceSession(folder / name, providers=["CPUExecutionProvider"])
+        past = {v.name: np.zeros((1, 2, 0, 16), np.float32) for v in session.get_inputs() if "past" in v.name}
+        logits.append(session.run(["logits"], feeds | past)[0])
+    np.testing.assert_allclose(logits[1], logits[0], atol=1e-3)
+    assert greedy(folder) == greedy(chain[1])
+
+
+def python_blocks(folder: Path) -> list[str]:
+    blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 2
+    return blocks
+
+
+def run_block(python: str | Path, folder: Path, number: int) -> None:
+    command = [python, "-c", python_blocks(folder)[number]]
+    done = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_readme_has_the_models_prompt_and_its_code_runs(bundle):
+    folder, _ = bundle
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert text.count('"<s>{question}$\\n"') == 3
+    # A dollar sign is special in Kotlin.
+    assert text.count('"<s>{question}\\$\\n"') == 1
+    assert not re.findall(r"@[A-Z_]+@", text)
+    run_block(sys.executable, folder, 0)
+
+
+def encodings(folder: Path):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(TEXT)["input_ids"]
+    return ids, tokenizer.decode(ids), tokenizer.apply_chat_template([{"role": "user", "content": TEXT}])
+
+
+def test_misleading_tokenizer_is_mended(tmp_path):
+    byte_level_tokenizer(gguf_decoder()).save_pretrained(tmp_path)
+    before = encodings(tmp_path)
+    (note,) = mend_tokenizer(tmp_path)
+    assert "plain byte-level" in note
+    assert json.loads((tmp_path / "tokenizer.json").read_text())["decoder"]["type"] == "ByteLevel"
+    assert encodings(tmp_path) == before
+    assert TEXT in before[1]
+    assert mend_tokenizer(tmp_path) == []
+
+
+def test_bundle_mends_its_own_copy_only(chain, bundle):
+    checkpoint, quantized = chain
+    assert (quantized / "tokenizer.json").read_bytes() == (checkpoint / "tokenizer.json").read_bytes()
+    assert (bundle[0] / "tokenizer.json").read_bytes() != (quantized / "tokenizer.json").read_bytes()
+    assert encodings(bundle[0]) == encodings(quantized)
+
+
+@pytest.mark.parametrize(
+    ("decoder", "said"),
+    [
+        (None, []),
+        # Not a mistake: without that step, other text would come out.
+        (decoders.Sequence([decoders.Replace("e", "E"), decoders.ByteLevel()]), ["can't be rewritten"]),
+    ],
+)
+def test_other_tokenizers_are_left_alone(decoder, said, tmp_path):
+    byte_level_tokenizer(decoder).save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    notes = mend_tokenizer(tmp_path)
+    assert len(notes) == len(said)
+    assert all(part in note for part, note in zip(said, notes, strict=True))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_without_environment_the_commands_are_told(chain, tmp_path):
+    with pytest.raises(ImportError, match="needs a Python environment of its own") as caught:
+        build_genai(chain[0], tmp_path / "out", bits=8)
+    for command in ("python3 -m venv", "pip install 'onnxruntime-genai==", f"export {ENVIRONMENT_VARIABLE}="):
+        assert command in str(caught.value)
+    with pytest.raises(ImportError, match="there is no Python at"):
+        build_genai(chain[0], tmp_path / "out", bits=8, python=tmp_path / "python")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_environments_are_told(tmp_path, monkeypatch):
+    (tmp_path / "false").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "false").chmod(0o755)
+    with pytest.raises(ImportError, match="doesn't run as a Python"):
+        require_environment(tmp_path / "false")
+    # An interpreter that answers with what is installed: nothing, and a version that is too old.
+    for installed, message in (
+        ({}, "has no onnxruntime-genai, onnxruntime"),
+        (dict.fromkeys(("onnxruntime-genai", "onnxruntime", "transformers", "torch", "onnx-ir"), "4.57.6"), "needs 5"),
+    ):
+        (tmp_path / "python").write_text(f"#!/bin/sh\necho '{json.dumps(installed)}'\n")
+        (tmp_path / "python").chmod(0o755)
+        monkeypatch.setenv(ENVIRONMENT_VARIABLE, str(tmp_path / "python"))
+        with pytest.raises(ImportError, match=message):
+            require_environment()
+
+
+@pytest.mark.parametrize(("bits", "block_size"), [(3, None), (8, 48)])
+def test_other_formats_are_refused(bits, block_size, chain, tmp_path):
+    with pytest.raises(ValueError, match="is not valid: it must be"):
+        build_genai(chain[0], tmp_path / "out", bits=bits, block_size=block_size)
+
+
+@needs_genai
+def test_genai_runs_the_exported_graph(chain, environment, tmp_path, monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, GENAI_PYTHON)
+    report = write_bundle(chain[1], tmp_path / "out", target="arm64")
+    assert report.genai_graph == "model.onnx"
+    assert report.genai_agrees is True
+    trial = try_in_genai(tmp_path / "out", environment, [5, 90, 17, 200, 33], 12)
+    assert trial.tokens == greedy(chain[1])[5:]
+    assert trial.agrees_with(AutoTokenizer.from_pretrained(tmp_path / "out"))
+
+
+@needs_genai
+def test_genai_runs_opt(environment, tmp_path):
+    model = tiny_model("opt")
+    model.save_pretrained(tmp_path / "checkpoint")
+    export_onnx(tmp_path / "checkpoint", tmp_path / "onnx")
+    quantize_onnx(tmp_path / "onnx", tmp_path / "int8")
+    # An architecture that the builder doesn't know.
+    report = write_bundle(
+        tmp_path / "int8",
+        tmp_path / "out",
+        target="arm64",
+        checkpoint=tmp_path / "checkpoint",
+        genai_python=environment.python,
+    )
+    assert report.genai_graph == "model.onnx"
+    assert "no graph with fused attention" in report.text()
+    assert report.genai_agrees is True
+    assert FUSED_NAME not in report.files
+
+
+@needs_genai
+def test_fused_graph_has_the_same_weights_and_gives_the_same(chain, environment, tmp_path, capfd):
+    checkpoint, quantized = chain
+    report = write_bundle(
+        quantized, tmp_path / "out", target="arm64", checkpoint=checkpoint, genai_python=environment.python
+    )
+    captured = capfd.readouterr()
+    assert captured.out + captured.err == ""
+    folder = tmp_path / "out"
+    assert report.genai_graph == FUSED_NAME
+    assert report.genai_agrees is True
+    assert verify_bundle(folder).files == report.files
+
+    graphs = [onnx.load(folder / name, load_external_data=False).graph for name in ("model.onnx", FUSED_NAME)]
+    kinds = {node.op_type for node in graphs[1].node}
+    assert "GroupQueryAttention" in kinds
+    assert "GatherBlockQuantized" in kinds
+    stored = [{t.name: t for t in graph.initializer} for graph in graphs]
+    weights = {n.input[1] for n in graphs[0].node if n.op_type == "MatMulNBits"}
+    assert len(weights) == 7 * SIZES["num_hidden_layers"] + 1
+    assert all(stored[0][name] == stored[1][name] for name in weights)
+    # In the file that both read.
+    large = [t for t in stored[1].values() if t.name in weights and np.prod(t.dims) > 2048]
+    assert large
+    assert all(t.external_data for t in large)
+
+    # Optimum takes the exported graph, and doesn't mind the other one.
+    assert greedy(folder) == greedy(quantized)
+    assert capfd.readouterr().err == ""
+    assert greedy(folder, file_name=FUSED_NAME) == greedy(quantized)
+    run_block(environment.python, folder, 1)
+
+
+@needs_genai
+@pytest.mark.parametrize("name", ["llama-untied", "mistral", "qwen2"])
+def test_fused_graph_of_other_families(name, environment, tmp_path):
+    model = tiny_model(name)
+    model.save_pretrained(tmp_path / "checkpoint")
+    byte_level_tokenizer().save_pretrained(tmp_path / "checkpoint")
+    export_onnx(tmp_path / "checkpoint", tmp_path / "onnx")
+    quantize_onnx(tmp_path / "onnx", tmp_path / "int8")
+    report = write_bundle(
+        tmp_path / "int8",
+        tmp_path / "out",
+        target="arm64",
+        genai=True,
+        checkpoint=tmp_path / "checkpoint",
+        genai_python=environment.python,
+    )
+    assert report.genai_graph == FUSED_NAME
+    assert report.genai_agrees is True
+
+
+@needs_genai
+def test_fused_graph_of_another_model_is_refused(chain, environment, tmp_path):
+    """The builder's graph has everything but the weights from the checkpoint, and it has to be the right one."""
+    checkpoint, quantized = chain
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    with torch.no_grad():
+        model.model.layers[1].input_layernorm.weight.mul_(1.5)
+    model.save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "other")
+    arguments = {"target": "arm64", "checkpoint": tmp_path / "other", "genai_python": environment.python}
+    with pytest.raises(RuntimeError, match="disagrees with the exported one"):
+        write_bundle(quantized, tmp_path / "out", genai=True, **arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+    report = write_bundle(quantized, tmp_path / "out", **arguments)
+    assert report.genai_graph == "model.onnx"
+    assert "disagrees with the exported one" in report.text()
+
+
+@needs_genai
+def test_weights_that_are_not_in_blocks_cannot_be_fused(chain, environment, tmp_path):
+    checkpoint, quantized = chain
+    quantize_onnx(quantized.with_name("onnx"), tmp_path / "dynamic", recipe="int8-dynamic")
+    arguments = {"target": "arm64", "checkpoint": checkpoint, "genai_python": environment.python}
+    with pytest.raises(ValueError, match="aren't stored in blocks"):
+        write_bundle(tmp_path / "dynamic", tmp_path / "out", genai=True, **arguments)
+    report = write_bundle(tmp_path / "dynamic", tmp_path / "out", **arguments)
+    assert "aren't stored in blocks" in report.text()
+    assert report.genai_graph == "model.onnx"
+    assert report.genai_agrees is True
+
+
+@needs_genai
+@pytest.mark.parametrize("bits", [8, 4])
+def test_builder_makes_a_small_folder_that_both_open(bits, chain, environment, tmp_path):
+    report = build_genai(chain[0], tmp_path / "out", bits=bits, python=environment.python)
+    stored = onnx.load(tmp_path / "out" / "model.onnx").graph.initializer
+    # The tied embedding is there once, as what the head multiplies by.
+    assert not [t for t in stored if t.data_type == onnx.TensorProto.FLOAT and list(t.dims) == [320, 64]]
+    assert report.size_bytes == sum(p.stat().st_size for p in (tmp_path / "out").glob("model.onnx*"))
+    trial = try_in_genai(tmp_path / "out", environment, [5, 90, 17, 200, 33], 12)
+    assert trial.tokens == greedy(tmp_path / "out")[5:]
+    assert trial.agrees_with(AutoTokenizer.from_pretrained(chain[0]))
+    assert any("plain byte-level" in note for note in report.notes)
+
+
+@needs_genai
+def test_failure_of_the_builder_is_told_and_leaves_nothing(environment, tmp_path):
+    model = tiny_model("opt")
+    model.save_pretrained(tmp_path / "opt")
+    byte_level_tokenizer().save_pretrained(tmp_path / "opt")
+    with pytest.raises(RuntimeError, match=r"builder failed on .*not currently supported"):
+        build_genai(tmp_path / "opt", tmp_path / "out", bits=8, python=environment.python)
+    assert [path.name for path in tmp_path.iterdir()] == ["opt"]
