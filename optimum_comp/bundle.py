@@ -454,7 +454,7 @@ folder = "@NAME@"
 model = ORTModelForCausalLM.from_pretrained(folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 prompt = @PROMPT@.replace("{question}", "What is gravity?")
-inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False, return_token_type_ids=False)
 answer = model.generate(**inputs, max_new_tokens=100)
 print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```
