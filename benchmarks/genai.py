@@ -4,13 +4,15 @@
 
 The first row is the dense model in float32 with `ORTModelForCausalLM`; the others are the pruned one (or the dense
 one, if none is given): what GenAI's own builder makes of it at 8 and 4 bits, and bundles of ours, whose exported graph
-is run by Optimum and by GenAI, and whose fused graph by GenAI. The same threads, prompt and number of tokens for all;
-medians after a warm-up. Perplexity is that of the very graph, run by ONNX Runtime.
+and whose fused graph are run by Optimum and by GenAI. The same threads, prompt and number of tokens for all;
+medians after a warm-up. Perplexity is that of the very graph, run by ONNX Runtime. The last row measures the first
+one's speed again: what the machine has changed in between.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import json
 import statistics
@@ -68,11 +70,13 @@ class Bench:
     def __init__(self, args: argparse.Namespace):
         self.args = args
 
-    def in_optimum(self, name: str, folder: Path) -> Row:
+    def in_optimum(self, name: str, folder: Path, graph: str = "model.onnx", *, speed_only: bool = False) -> Row:
         """Everything with `ORTModelForCausalLM`."""
         from optimum_comp.evaluation import evaluate_apart
 
-        result = evaluate_apart(folder, self.settings(self.args.prompt_tokens))
+        settings = self.settings(self.args.prompt_tokens)
+        settings = dataclasses.replace(settings, text=None) if speed_only else settings
+        result = evaluate_apart(folder, settings, file_name=graph)
         prefill, decode = result.prefill_tokens_per_second, result.decode_tokens_per_second
         assert prefill is not None and decode is not None
         return Row(name, result.size_bytes, result.perplexity, prefill, decode)
@@ -151,7 +155,9 @@ class Bench:
                 checkpoint=pruned,
                 genai_python=args.python,
             ).output
+            yield self.in_optimum(f"{label}, {recipe}, fused, Optimum", fused, FUSED_NAME)
             yield self.in_genai(f"{label}, {recipe}, fused, GenAI", fused, FUSED_NAME)
+        yield self.in_optimum("dense, float32, Optimum, again", dense, speed_only=True)
 
 
 def main() -> None:
@@ -182,7 +188,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for row in Bench(args).rows(Path(scratch)):
             base = base or row
-            cells = [row.name, format_bytes(row.size_bytes), f"{row.perplexity:.2f}"]
+            perplexity = "-" if row.perplexity is None else f"{row.perplexity:.2f}"
+            cells = [row.name, format_bytes(row.size_bytes), perplexity]
             cells += [f"{row.prefill:.0f}", f"{row.decode:.1f}", f"{row.decode / base.decode:.2f}x"]
             print(f"| {' | '.join(cells)} |", flush=True)
 

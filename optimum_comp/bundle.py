@@ -19,6 +19,7 @@ from optimum_comp import __version__
 from optimum_comp.atomic import atomic_folder, check_folder, require_finished
 from optimum_comp.onnx.folders import MODEL_NAME, copy_companions
 from optimum_comp.onnx.genai import (
+    CONFIG_NAME,
     GenaiEnvironment,
     can_be_fused,
     chat_text,
@@ -389,11 +390,13 @@ def _readme(folder: Path, report: BundleReport, name: str) -> str:
         f"| `{path}` | {format_bytes(size)} | {_describe(path)} |" for path, size in _sizes(folder).items()
     )
     quoted = json.dumps(_prompt(folder), ensure_ascii=False)
+    settings = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     texts = {
         "NAME": name,
         "TARGET": report.target,
         "RECIPE": report.recipe or "-",
         "GRAPH": report.genai_graph,
+        "LENGTH": str(min(512, settings["search"]["max_length"])),
         "FILES": files,
         "KOTLIN_PROMPT": quoted.replace("$", "\\$"),
         "PROMPT": quoted,
@@ -470,7 +473,7 @@ model = genai.Model("@NAME@")
 tokenizer = genai.Tokenizer(model)
 stream = tokenizer.create_stream()
 settings = genai.GeneratorParams(model)
-settings.set_search_options(max_length=512)
+settings.set_search_options(max_length=@LENGTH@)
 generator = genai.Generator(model, settings)
 generator.append_tokens(tokenizer.encode(@PROMPT@.replace("{question}", "What is gravity?")))
 while not generator.is_done():
@@ -496,7 +499,7 @@ fun answer(folder: String, question: String, onText: (String) -> Unit) {
     Model(folder).use { model ->
         Tokenizer(model).use { tokenizer ->
             GeneratorParams(model).use { settings ->
-                settings.setSearchOption("max_length", 512.0)
+                settings.setSearchOption("max_length", @LENGTH@.0)
                 Generator(model, settings).use { generator ->
                     tokenizer.createStream().use { stream ->
                         tokenizer.encode(prompt).use { generator.appendTokenSequences(it) }
@@ -524,7 +527,7 @@ func answer(folder: String, question: String, onText: (String) -> Void) throws {
     let tokenizer = try OGATokenizer(model: model)
     let stream = try OGATokenizerStream(tokenizer: tokenizer)
     let settings = try OGAGeneratorParams(model: model)
-    try settings.setSearchOption("max_length", doubleValue: 512)
+    try settings.setSearchOption("max_length", doubleValue: @LENGTH@)
     let generator = try OGAGenerator(model: model, params: settings)
     try generator.appendTokenSequences(tokenizer.encode(prompt))
     while try !generator.isDone() {

@@ -399,7 +399,7 @@ def folders(request, tmp_path_factory) -> dict[str, Path]:
 
 def prompt(folder: Path) -> Arrays:
     """A graph's inputs for the first tokens of the text, with nothing in the cache."""
-    ids = np.array(AutoTokenizer.from_pretrained(folder)(TEXT)["input_ids"][:TOKENS], np.int64)[None]
+    ids = tokenize(AutoTokenizer.from_pretrained(folder), TEXT)[None, :TOKENS].numpy()
     assert ids.shape == (1, TOKENS)
     known = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(TOKENS)[None]}
     inputs = {}

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import IDS, SIZES, tiny_model
+from conftest import IDS, SIZES, tiny_model, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
@@ -32,7 +32,9 @@ from optimum_comp.onnx.genai import (  # noqa: E402
     require_environment,
     try_in_genai,
 )
-from optimum_comp.onnx.quantization import quantize_onnx  # noqa: E402
+from optimum_comp.onnx.graph import dense_nodes, load_float_graph  # noqa: E402
+from optimum_comp.onnx.quantization import Plan, quantize_onnx  # noqa: E402
+from optimum_comp.onnx.recipes import EIGHT, FOUR  # noqa: E402
 from optimum_comp.onnx.runtime import load_onnx  # noqa: E402
 
 
@@ -303,11 +305,11 @@ def python_blocks(folder: Path) -> list[str]:
     return blocks
 
 
-def run_block(python: str | Path, folder: Path, number: int) -> None:
+def run_block(python: str | Path, folder: Path, number: int) -> str:
     command = [python, "-c", python_blocks(folder)[number]]
     done = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+    return done.stdout.strip()
 
 
 def test_readme_has_the_models_prompt_and_its_code_runs(bundle):
@@ -317,7 +319,7 @@ def test_readme_has_the_models_prompt_and_its_code_runs(bundle):
     # A dollar sign is special in Kotlin.
     assert text.count('"<s>{question}\\$\\n"') == 1
     assert not re.findall(r"@[A-Z_]+@", text)
-    run_block(sys.executable, folder, 0)
+    assert run_block(sys.executable, folder, 0)
 
 
 def encodings(folder: Path):
@@ -335,6 +337,20 @@ def test_misleading_tokenizer_is_mended(tmp_path):
     assert encodings(tmp_path) == before
     assert TEXT in before[1]
     assert mend_tokenizer(tmp_path) == []
+
+
+def test_mending_takes_the_llama_class_away(tmp_path):
+    byte_level_tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    settings.pop("model_input_names", None)
+    settings |= {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "unk_token": "<pad>"}
+    path.write_text(json.dumps(settings))
+    before = encodings(tmp_path), sorted(AutoTokenizer.from_pretrained(tmp_path)(TEXT))
+    assert len(mend_tokenizer(tmp_path)) == 1
+    assert json.loads(path.read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    # Without this, `model.generate(**inputs)` would be given token types.
+    assert (encodings(tmp_path), sorted(AutoTokenizer.from_pretrained(tmp_path)(TEXT))) == before
 
 
 def test_bundle_mends_its_own_copy_only(chain, bundle):
@@ -461,9 +477,8 @@ def test_fused_graph_has_the_same_weights_and_gives_the_same(chain, environment,
 @needs_genai
 @pytest.mark.parametrize("name", ["llama-untied", "mistral", "qwen2"])
 def test_fused_graph_of_other_families(name, environment, tmp_path):
-    model = tiny_model(name)
-    model.save_pretrained(tmp_path / "checkpoint")
-    byte_level_tokenizer().save_pretrained(tmp_path / "checkpoint")
+    tiny_model(name).save_pretrained(tmp_path / "checkpoint")
+    tiny_tokenizer().save_pretrained(tmp_path / "checkpoint")
     export_onnx(tmp_path / "checkpoint", tmp_path / "onnx")
     quantize_onnx(tmp_path / "onnx", tmp_path / "int8")
     report = write_bundle(
@@ -476,6 +491,31 @@ def test_fused_graph_of_other_families(name, environment, tmp_path):
     )
     assert report.genai_graph == FUSED_NAME
     assert report.genai_agrees is True
+
+
+@needs_genai
+def test_fused_graph_of_mixed_weights(chain, environment, tmp_path):
+    """4 bits, 8 bits and float side by side, as a budget gives them out."""
+    checkpoint, quantized = chain
+    exported = quantized.with_name("onnx")
+    nodes = [node.name for node in dense_nodes(load_float_graph(exported / "model.onnx").graph)]
+    left = [name for name in nodes if "o_proj" in name]
+    assignment = {name: FOUR if "/mlp/" in name else EIGHT for name in nodes if name not in left}
+    quantize_onnx(exported, tmp_path / "mixed", plan=Plan(assignment, left_in_float=left))
+    report = write_bundle(
+        tmp_path / "mixed",
+        tmp_path / "out",
+        target="arm64",
+        genai=True,
+        checkpoint=checkpoint,
+        genai_python=environment.python,
+    )
+    assert report.genai_agrees is True
+    nodes = onnx.load(tmp_path / "out" / FUSED_NAME, load_external_data=False).graph.node
+    bits = [next(a.i for a in n.attribute if a.name == "bits") for n in nodes if n.op_type == "MatMulNBits"]
+    layers = SIZES["num_hidden_layers"]
+    assert [bits.count(4), bits.count(8)] == [3 * layers, 3 * layers + 1]
+    assert [n.op_type for n in nodes].count("MatMul") == layers
 
 
 @needs_genai

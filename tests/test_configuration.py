@@ -19,6 +19,7 @@ VALID = {
     "neuron_metric": st.sampled_from(NEURON_METRICS),
     "elimination_block": st.integers(0, 512),
     "recovery": st.sampled_from(RECOVERY_METHODS),
+    "equalize": st.booleans(),
     "alignment": st.floats(0, 1),
     "ridge": st.floats(0, 1, exclude_min=True),
     "num_samples": st.integers(1, 10_000),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import IDS, SIZES, TINY_CONFIGS, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
+from transformers.utils import logging as progress
 
 
 onnx = pytest.importorskip("onnx")
@@ -187,7 +188,11 @@ def test_folder_is_complete_and_runs_silently(recipe, tiny_folder, tmp_path, cap
     settings = tiny_folder / "tokenizer_config.json"
     settings.write_text(settings.read_text().replace("{", '{ "a_key_of_my_own": 1,', 1))
     export_onnx(tiny_folder, tmp_path / "onnx")
-    quantize_onnx(tmp_path / "onnx", tmp_path / "out", recipe=recipe, tokens=TOKENS)
+    progress.disable_progress_bar()
+    try:
+        quantize_onnx(tmp_path / "onnx", tmp_path / "out", recipe=recipe, tokens=TOKENS)
+    finally:
+        progress.enable_progress_bar()
 
     for folder in (tmp_path / "onnx", tmp_path / "out"):
         for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):

@@ -193,7 +193,7 @@ def build_genai(
     environment = require_environment(python)
     with atomic_folder(output, overwrite=overwrite, sources=[source]) as folder:
         run_builder(source, folder, environment, f"int{bits}", block_size=block_size)
-        _share_tied_embedding(folder, source)
+        _finish_built(folder, source)
         # The builder saves what transformers 5 has read, under names that version 4 refuses.
         for written in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             (folder / written).unlink(missing_ok=True)
@@ -399,6 +399,8 @@ def mend_tokenizer(folder: Path) -> list[str]:
     Returns:
         What was changed, or why GenAI may not read the tokenizer; nothing if there is nothing to say.
     """
+    from transformers import AutoTokenizer
+
     path, settings_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
     if not path.is_file():
         return ["There is no tokenizer.json, which GenAI needs to turn text into tokens."]
@@ -423,7 +425,9 @@ def mend_tokenizer(folder: Path) -> list[str]:
         candidate = Path(scratch)
         copy_companions(folder, candidate)
         (candidate / path.name).write_text(json.dumps(mended, ensure_ascii=False), encoding="utf-8")
-        plain = {**settings, "tokenizer_class": "PreTrainedTokenizerFast"}
+        inputs = list(AutoTokenizer.from_pretrained(folder).model_input_names)
+        # What a model is given follows from the class unless it is said.
+        plain = {**settings, "tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": inputs}
         (candidate / settings_path.name).write_text(
             json.dumps(plain, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
@@ -452,10 +456,10 @@ def _encodings(folder: Path) -> list[Any]:
     """What transformers makes of the samples, of the special tokens and of a chat with this folder's tokenizer."""
     from transformers import AutoTokenizer
 
-    # A folder without a tokenizer_config.json has no class to mislead anybody, and a `config.json` decides.
     tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = [*_SAMPLES, "".join(f"{token} x\n" for token in tokenizer.all_special_tokens)]
     found: list[Any] = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, len(tokenizer)]
+    found.append(sorted(tokenizer("x")))
     if tokenizer.chat_template:
         texts.append(chat_text(tokenizer, _SAMPLES[1]))
     for text in texts:
@@ -543,10 +547,10 @@ print(json.dumps({"tokens": tokens, "encodings": encodings}))
 """
 
 
-def _share_tied_embedding(folder: Path, checkpoint: Path) -> None:
-    """Let the look-up of a tied embedding that the builder has left in float read the head's weights.
+def _finish_built(folder: Path, checkpoint: Path) -> None:
+    """Mend what the builder leaves undone.
 
-    GenAI's builder ties quantized embeddings only of 4 bits.
+    The look-up of a tied embedding, which it leaves in float at 8 bits, reads the head's weights.
     """
     import onnx
     import onnx_ir
@@ -554,13 +558,27 @@ def _share_tied_embedding(folder: Path, checkpoint: Path) -> None:
 
     from optimum_comp.onnx.blocks import _share_with_embedding
 
+    config = AutoConfig.from_pretrained(checkpoint)
     model = onnx.load(folder / MODEL_NAME)
-    heads = [node for node in model.graph.node if "logits" in node.output]
-    is_tied = AutoConfig.from_pretrained(checkpoint).tie_word_embeddings
-    stored = any(tensor.name == _EMBEDDING for tensor in model.graph.initializer)
-    if is_tied and stored and [node.op_type for node in heads] == ["MatMulNBits"]:
+    _set_window(model.graph, config)
+    heads = [node.op_type for node in model.graph.node if "logits" in node.output]
+    if config.tie_word_embeddings and heads == ["MatMulNBits"] and _EMBEDDING in _names(model.graph.initializer):
         _share_with_embedding(model.graph, _EMBEDDING, "logits")
-        save_with_data(onnx_ir.from_proto(model), folder / MODEL_NAME)
+    save_with_data(onnx_ir.from_proto(model), folder / MODEL_NAME)
+
+
+def _set_window(graph: Any, config: Any) -> None:
+    """Give a model whose every layer looks back no further than a window that window.
+
+    The builder does so only where the config tells layer by layer (`layer_types`), which Mistral's doesn't.
+    """
+    window = getattr(config, "sliding_window", None)
+    if not window or getattr(config, "layer_types", None) or not getattr(config, "use_sliding_window", True):
+        return
+    for node in graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "GroupQueryAttention" and attribute.name == "local_window_size":
+                attribute.i = window
 
 
 def save_with_data(model: Any, path: Path) -> None:
@@ -593,6 +611,7 @@ def fuse(exported: Path, checkpoint: Path, environment: GenaiEnvironment, target
     """
     import onnx
     from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
+    from transformers import AutoConfig
 
     source = onnx.load(exported, load_external_data=False)
     if not can_be_fused(source.graph):
@@ -602,6 +621,7 @@ def fuse(exported: Path, checkpoint: Path, environment: GenaiEnvironment, target
         # Separate q, k and v: as fast, and each has its counterpart. The rounded weights are not used.
         run_builder(checkpoint, folder, environment, "int8", block_size=64, fuse_qkv="false")
         built = onnx.load(folder / MODEL_NAME, load_external_data=False)
+        _set_window(built.graph, AutoConfig.from_pretrained(checkpoint))
         given = _give_weights(source.graph, built.graph)
         for tensor in built.graph.initializer:
             if tensor.name not in given and uses_external_data(tensor):
