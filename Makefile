@@ -51,5 +51,5 @@ bench: $(READY) models/smollm2/config.json  ## Cost of pruning, its quality, and
 	$(BIN)/python benchmarks/quality.py --model models/smollm2 $(if $(TEXT),--calibration $(TEXT):0:0.6 --text $(TEXT):0.6:1)
 	$(BIN)/python benchmarks/speed.py --model models/smollm2 --report $(OUT)/speed $(if $(TEXT),--text $(TEXT))
 
-clean:  ## Remove what was made, but for .venv and models
+clean:  ## Remove what was made, but for .venv, .arm64 and models
 	rm -rf $(OUT) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
