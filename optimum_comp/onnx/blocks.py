@@ -81,7 +81,7 @@ def store_in_blocks(
     for form, names in names_of_format.items():
         _run_nbits_quantizer(model, form, every - names, rounded or {}, use_hqq=use_hqq and form.bits == 4)
     for table, product in tied.items():
-        _share_with_embedding(model.graph, table, product)
+        share_with_embedding(model.graph, table, product)
 
 
 def _run_nbits_quantizer(
@@ -165,7 +165,7 @@ def _untie(graph: Any, names: set[str]) -> dict[str, str]:
     return tied
 
 
-def _share_with_embedding(graph: Any, table: str, product: str) -> None:
+def share_with_embedding(graph: Any, table: str, product: str) -> None:
     """Let the look-up of a tied embedding read the blocks that the head multiplies by.
 
     `GatherBlockQuantized` takes the quantized weight as it lies there, `[tokens, blocks, block]`, so that it is in the

@@ -556,14 +556,14 @@ def _finish_built(folder: Path, checkpoint: Path) -> None:
     import onnx_ir
     from transformers import AutoConfig
 
-    from optimum_comp.onnx.blocks import _share_with_embedding
+    from optimum_comp.onnx.blocks import share_with_embedding
 
     config = AutoConfig.from_pretrained(checkpoint)
     model = onnx.load(folder / MODEL_NAME)
     _set_window(model.graph, config)
     heads = [node.op_type for node in model.graph.node if "logits" in node.output]
     if config.tie_word_embeddings and heads == ["MatMulNBits"] and _EMBEDDING in _names(model.graph.initializer):
-        _share_with_embedding(model.graph, _EMBEDDING, "logits")
+        share_with_embedding(model.graph, _EMBEDDING, "logits")
     save_with_data(onnx_ir.from_proto(model), folder / MODEL_NAME)
 
 
