@@ -93,7 +93,8 @@ def _plot(points: Mapping[str, Any], path: Path, label: str, *, larger_is_better
     axes.plot(*zip(*(values[i] for i in front), strict=True), color="tab:blue", linewidth=1, label="Pareto front")
     for index, (name, (x, y)) in enumerate(zip(names, values, strict=True)):
         axes.plot(x, y, "o", color="tab:blue" if index in front else "tab:gray")
-        axes.annotate(name, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=9)
+        # Above and below in turn: models of one size lie close together.
+        axes.annotate(name, (x, y), xytext=(6, -12 if index % 2 else 4), textcoords="offset points", fontsize=9)
     axes.set_xlabel(label)
     axes.set_ylabel("perplexity")
     axes.set_yscale("log")
