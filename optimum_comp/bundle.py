@@ -35,6 +35,7 @@ from optimum_comp.onnx.genai import (
     write_config,
 )
 from optimum_comp.onnx.noise import without_noise
+from optimum_comp.onnx.quantization import check_onnx_folder
 from optimum_comp.onnx.recipes import find_target
 from optimum_comp.onnx.runtime import require_onnxruntime
 from optimum_comp.utils import format_bytes, get_logger
@@ -138,7 +139,8 @@ def write_bundle(
     source = Path(quantized)
     float_checkpoint = None if checkpoint is None else Path(checkpoint)
     find_target(target)
-    _check_quantized(source)
+    require_finished(source)
+    check_onnx_folder(source)
     if genai and float_checkpoint is None:
         raise ValueError("the fused graph is made from the float checkpoint; give checkpoint.")
     if float_checkpoint is not None:
@@ -229,13 +231,6 @@ def _check_file(folder: Path, name: str, size: int, digest: str) -> None:
         raise BundleError(f"{path} has {path.stat().st_size} bytes; the manifest says {size}.")
     if _sha256(path) != digest:
         raise BundleError(f"{path} differs from what the manifest says: its SHA-256 is another.")
-
-
-def _check_quantized(source: Path) -> None:
-    require_finished(source)
-    for name in (MODEL_NAME, "config.json"):
-        if not (source / name).is_file():
-            raise ValueError(f"{source} is not an ONNX folder: it has no {name}.")
 
 
 def _recipe_of(source: Path) -> dict[str, Any]:

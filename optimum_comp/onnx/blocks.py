@@ -20,16 +20,13 @@ Assignment = Mapping[str, Format]
 """Name of a dense node -> how its weight is stored. Nodes that aren't in it stay as they are."""
 
 
-def round_weights(
-    graph: Any, assignment: Assignment, moments: Mapping[str, Tensor], *, progress: bool = True
-) -> dict[str, Blocks]:
+def round_weights(graph: Any, assignment: Assignment, moments: Mapping[str, Tensor]) -> dict[str, Blocks]:
     """Round the weights of dense nodes, each to its format, with what their inputs' second moments tell.
 
     Args:
         graph: a float graph.
         assignment: which nodes, and how.
         moments: activation -> second moments `[d_in, d_in]`; a node without is rounded to the nearest.
-        progress: show a bar.
 
     Returns:
         Node -> its codes and scales.
@@ -39,7 +36,7 @@ def round_weights(
     """
     nodes = [node for node in dense_nodes(graph) if node.name in assignment]
     found = {}
-    for node in tqdm(nodes, desc="Rounding", unit="matrix", disable=progress_disabled() or not progress):
+    for node in tqdm(nodes, desc="Rounding", unit="matrix", disable=progress_disabled()):
         found[node.name] = round_weight(graph, node, assignment[node.name], moments.get(node.inputs))
     return found
 

@@ -93,6 +93,8 @@ def quantize_onnx(
     if settings.rounding == "compensated" and tokens is None and plan is None:
         raise ValueError(f"recipe={recipe!r} rounds with calibration text; give some.")
     require_onnxruntime()
+    import onnx
+
     with atomic_folder(output, overwrite=overwrite, sources=[source]) as folder, without_noise():
         model = load_float_graph(source / MODEL_NAME)
         plan = plan or plan_of(model, settings, _family(source), tokens)
@@ -103,7 +105,7 @@ def quantize_onnx(
             shutil.copyfile(source / "config.json", prepared.with_name("config.json"))
             excluded = [*products_of_activations(model.graph), *plan.left_in_float]
             large = needs_external_data(model.graph)
-            onnx_save(model, prepared, large)
+            onnx.save(model, prepared, save_as_external_data=large)
             del model
             _run_ort_quantizer(prepared, folder, settings, processor, excluded, large)
         _check_and_trim(folder / MODEL_NAME, large)
@@ -171,13 +173,6 @@ def check_onnx_folder(folder: Path) -> None:
     for name in (MODEL_NAME, "config.json"):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} is not an ONNX folder: it has no {name}.")
-
-
-def onnx_save(model: Any, path: Path, large: bool) -> None:
-    """Write a model, its weights in a file of their own if they are large."""
-    import onnx
-
-    onnx.save(model, path, save_as_external_data=large)
 
 
 def _run_ort_quantizer(

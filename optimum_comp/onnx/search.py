@@ -299,12 +299,11 @@ def _choices(
             weight = torch.from_numpy(weight_of(graph, node).copy())
             moment = moments.get(name)
             for form in errors:
-                difference = rounded[form][node.name].weight() - weight
-                errors[form] += (
-                    float(difference.square().sum())
-                    if moment is None
-                    else rounding_error(weight, rounded[form][node.name].weight(), moment)
-                )
+                stored = rounded[form][node.name].weight()
+                if moment is None:
+                    errors[form] += float((stored - weight).square().sum())
+                else:
+                    errors[form] += rounding_error(weight, stored, moment)
         share = errors[EIGHT] / errors[FOUR] if errors[FOUR] > 0 else 0.0
         sizes = {form: float(sum(form.matrix_bytes(node.shape) for node in nodes)) for form in errors}
         whole = float(sum(4 * node.shape[0] * node.shape[1] for node in nodes))
