@@ -17,13 +17,13 @@ from typing import Any
 
 from optimum_comp import __version__
 from optimum_comp.atomic import atomic_folder, check_folder, require_finished
+from optimum_comp.onnx.export import check_checkpoint
 from optimum_comp.onnx.folders import MODEL_NAME, copy_companions
 from optimum_comp.onnx.genai import (
     CONFIG_NAME,
     GenaiEnvironment,
     can_be_fused,
     chat_text,
-    check_checkpoint,
     find_environment,
     fuse,
     genai_config,

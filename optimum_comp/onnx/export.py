@@ -84,12 +84,21 @@ def export_onnx(
     return ExportReport(Path(output), prefill, cached, time.perf_counter() - started, size)
 
 
-def _check_source(source: Path) -> None:
+def check_checkpoint(source: Path) -> None:
+    """Refuse what can't be exported, before anything starts.
+
+    Raises:
+        ValueError: it isn't a finished safetensors checkpoint.
+    """
     require_finished(source)
-    path = source / "config.json"
-    if not path.is_file():
+    if not (source / "config.json").is_file():
         raise ValueError(f"{source} is not a model folder: it has no config.json.")
     require_safetensors(str(source), source)
+
+
+def _check_source(source: Path) -> None:
+    check_checkpoint(source)
+    path = source / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     rope = config.get("rope_parameters") or {}
     if "rope_theta" in rope and "rope_theta" not in config and int(transformers.__version__.split(".")[0]) < 5:

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from optimum_comp.atomic import atomic_folder, check_folder, require_finished
-from optimum_comp.checkpoint.reader import require_safetensors
+from optimum_comp.atomic import atomic_folder, check_folder
+from optimum_comp.onnx.export import check_checkpoint
 from optimum_comp.onnx.folders import MODEL_NAME, copy_companions, graph_bytes
 from optimum_comp.onnx.graph import matrices
 from optimum_comp.utils import get_logger
@@ -205,18 +205,6 @@ def build_genai(
         size = graph_bytes(folder)
     seconds = time.perf_counter() - started
     return GenaiReport(Path(output), bits, size, seconds, tuple(notes), environment.versions)
-
-
-def check_checkpoint(source: Path) -> None:
-    """Refuse what the builder couldn't read, before it starts.
-
-    Raises:
-        ValueError: it isn't a finished safetensors checkpoint.
-    """
-    require_finished(source)
-    if not (source / "config.json").is_file():
-        raise ValueError(f"{source} is not a model folder: it has no config.json.")
-    require_safetensors(str(source), source)
 
 
 def run_builder(
