@@ -32,7 +32,7 @@ from optimum_comp.layer_scoring import LAYER_SCORES
 from optimum_comp.memory import MemoryPlan, solve_dtype
 from optimum_comp.report.run import LayerReport
 from optimum_comp.states import ActivationStore, rows_of
-from optimum_comp.utils import progress_disabled, release_free_memory
+from optimum_comp.utils import keep_large_blocks_apart, progress_disabled, release_free_memory
 
 
 class Stopwatch:
@@ -158,6 +158,7 @@ class PruningRun:
                 store.close()
 
     def _run(self) -> Pruned:
+        keep_large_blocks_apart()
         own = self._store("own", self._hidden, self._plan.spill_states)
         done = self.ranks.from_first(0 if self._journal is None else self._journal.finished)
         removed, scores = self._coarse(own)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +16,11 @@ from transformers.utils import logging as transformers_logging
 
 if TYPE_CHECKING:
     from torch import nn
+
+_MMAP_THRESHOLD = -3
+"""`M_MMAP_THRESHOLD` of glibc's malloc.h."""
+
+_LARGE_BLOCK = 8 * 2**20
 
 ROOT_LOGGER = "transformers.optimum_comp"
 """A child of transformers' logger: its level, its handler and `TRANSFORMERS_VERBOSITY` hold here too."""
@@ -55,16 +61,28 @@ def parameter_count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def release_free_memory() -> None:
-    """Give freed memory back to the system.
+def keep_large_blocks_apart() -> None:
+    """Have every block of memory from 8 MB given back to the system as soon as it is free.
 
-    The C library of Linux keeps what it expects to be asked for again; over many layers, holes between blocks of
-    different sizes would add up to hundreds of megabytes.
+    The C library of Linux raises the size from which it does so to 32 MB, by what it has seen freed; holes between
+    activations of that size then add up to hundreds of megabytes that differ from run to run. This holds for the whole
+    process, and for good; it is left alone where `MALLOC_MMAP_THRESHOLD_` is set. Smaller blocks are used again faster
+    than they are asked for anew.
     """
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+    if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        _call_allocator("mallopt", _MMAP_THRESHOLD, _LARGE_BLOCK)
+
+
+def release_free_memory() -> None:
+    """Give freed memory back to the system, which the C library of Linux may keep to be asked for again."""
+    _call_allocator("malloc_trim", 0)
+
+
+def _call_allocator(name: str, *arguments: int) -> None:
+    """Call a function of glibc's allocator; nothing happens where the C library is another."""
+    function = getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+    if function is not None:
+        function(*arguments)
 
 
 def peak_memory_bytes() -> int:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import filecmp
 import json
+import os
+import platform
 import struct
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -323,3 +327,27 @@ def test_the_pruner_without_output_waits_in_a_temporary_folder(tiny_folder, tmp_
     pruner = CompPruner.from_pretrained(tiny_folder)
     pruner.prune(CompConfig(**CONFIG), tiny_blocks(8, 32), output=tmp_path / "out")
     assert pruner.save_pretrained(tmp_path / "out") == tmp_path / "out"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's allocator")
+@pytest.mark.parametrize("apart", [True, False])
+def test_large_blocks_between_small_ones_go_back_to_the_system(apart):
+    """A block of 30 MB that was freed makes glibc keep the following ones of 16 MB, unless it is told not to."""
+    call = "keep_large_blocks_apart()" if apart else "None"
+    script = f"""
+import psutil, torch
+from optimum_comp.utils import keep_large_blocks_apart
+torch.ones(7_500_000)
+{call}
+large, small = [], []
+for _ in range(16):
+    large.append(torch.ones(4_000_000))
+    small.append(torch.ones(10_000))
+process = psutil.Process()
+before = process.memory_info().rss
+del large
+print(before - process.memory_info().rss)
+"""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, check=True, capture_output=True, text=True)
+    assert (int(done.stdout) > 200e6) == apart
