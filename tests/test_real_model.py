@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_comp import CompConfig, CompPruner
-from optimum_comp.calibration import read_text, tokenize
+from optimum_comp.calibration import choose_blocks, read_text, tokenize
 from optimum_comp.evaluation import load_model, perplexity
 from optimum_comp.onnx.export import export_onnx
 from optimum_comp.onnx.quantization import quantize_onnx
@@ -74,9 +74,13 @@ def test_it_talks_the_same_with_and_without_cache(pruned):
     assert len(answer.split()) >= 4 and answer.isascii()
 
 
-@pytest.mark.parametrize(("recipe", "most", "share"), [("int8", 1.02, 0.30), ("int8-dynamic", 1.2, 0.30)])
+@pytest.mark.parametrize(
+    ("recipe", "most", "share"), [("int8", 1.02, 0.27), ("int8-dynamic", 1.2, 0.27), ("int4", 1.08, 0.22)]
+)
 def test_quantized(recipe, most, share, exported, text):
-    report = quantize_onnx(exported, exported.with_name(recipe), recipe=recipe)
+    calibration = tokenize(AutoTokenizer.from_pretrained(exported), text[0])
+    blocks = choose_blocks(calibration, 16, 512, 0, "pydoc") if recipe == "int4" else None
+    report = quantize_onnx(exported, exported.with_name(recipe), recipe=recipe, tokens=blocks)
     assert report.size_bytes < share * report.size_bytes_before
     tokens = text[1][: 4 * 512]
     float_perplexity, _ = perplexity(load_model(exported)[0], tokens)
