@@ -2,11 +2,11 @@
 
     python benchmarks/genai.py --model models/smollm2 --pruned out/pruned --python genai-env/bin/python --text text.txt
 
-The first row is the dense model in float32 with `ORTModelForCausalLM`; the others are the pruned one (or the dense
-one, if none is given): what GenAI's own builder makes of it at 8 and 4 bits, and bundles of ours, whose exported graph
-and whose fused graph are run by Optimum and by GenAI. The same threads, prompt and number of tokens for all;
-medians after a warm-up. Perplexity is that of the very graph, run by ONNX Runtime. The last row measures the first
-one's speed again: what the machine has changed in between.
+The first rows are the dense model in float32, with `ORTModelForCausalLM` and in GenAI; the others are the pruned one
+(or the dense one, if none is given): what GenAI's own builder makes of it at 8 and 4 bits, and bundles of ours, whose
+exported graph and whose fused graph are run by Optimum and by GenAI. The same threads, prompt and number of tokens for
+all; medians after a warm-up. Perplexity is that of the very graph, run by ONNX Runtime. The last rows measure the
+speed of the first ones again: what the machine has changed in between.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Bench:
         assert prefill is not None and decode is not None
         return Row(name, result.size_bytes, result.perplexity, prefill, decode)
 
-    def in_genai(self, name: str, folder: Path, graph: str) -> Row:
+    def in_genai(self, name: str, folder: Path, graph: str, *, speed_only: bool = False) -> Row:
         """Speed with GenAI, perplexity of the same graph with Optimum."""
         import torch
         from transformers import AutoConfig
@@ -102,7 +102,9 @@ class Bench:
         command = [str(python), "-I", __file__, "--here", json.dumps(job)]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         prefill, decode = json.loads(done.stdout.splitlines()[-1])
-        result = evaluate_apart(folder, self.settings(0), file_name=graph)
+        settings = self.settings(0)
+        settings = dataclasses.replace(settings, text=None) if speed_only else settings
+        result = evaluate_apart(folder, settings, file_name=graph)
         return Row(name, result.size_bytes, result.perplexity, prefill, decode)
 
     def settings(self, prompt_tokens: int) -> Any:
@@ -126,7 +128,7 @@ class Bench:
         from optimum_comp.calibration import choose_blocks, read_text, tokenize
         from optimum_comp.onnx.export import export_onnx
         from optimum_comp.onnx.folders import MODEL_NAME
-        from optimum_comp.onnx.genai import build_genai
+        from optimum_comp.onnx.fused import build_genai
         from optimum_comp.onnx.quantization import quantize_onnx
         from optimum_comp.onnx.recipes import find_recipe
 
@@ -134,6 +136,8 @@ class Bench:
         label = "pruned" if args.pruned else "dense"
         dense = export_onnx(args.model, scratch / "dense").output
         yield self.in_optimum("dense, float32, Optimum", dense)
+        built = build_genai(args.model, scratch / "built32", bits=32, python=args.python).output
+        yield self.in_genai("dense, float32, fused, GenAI", built, MODEL_NAME)
         for bits in (8, 4):
             folder = build_genai(pruned, scratch / f"built{bits}", bits=bits, python=args.python).output
             yield self.in_genai(f"{label}, GenAI's own {bits} bit, GenAI", folder, MODEL_NAME)
@@ -158,6 +162,7 @@ class Bench:
             yield self.in_optimum(f"{label}, {recipe}, fused, Optimum", fused, FUSED_NAME)
             yield self.in_genai(f"{label}, {recipe}, fused, GenAI", fused, FUSED_NAME)
         yield self.in_optimum("dense, float32, Optimum, again", dense, speed_only=True)
+        yield self.in_genai("dense, float32, fused, GenAI, again", built, MODEL_NAME, speed_only=True)
 
 
 def main() -> None:

@@ -19,21 +19,19 @@ from optimum_comp import __version__
 from optimum_comp.atomic import atomic_folder, check_folder, require_finished
 from optimum_comp.onnx.export import check_checkpoint
 from optimum_comp.onnx.folders import MODEL_NAME, copy_companions
+from optimum_comp.onnx.fused import can_be_fused, fuse, greedy_tokens
 from optimum_comp.onnx.genai import (
     CONFIG_NAME,
     GenaiEnvironment,
-    can_be_fused,
     chat_text,
     find_environment,
-    fuse,
     genai_config,
-    greedy_tokens,
     mend_tokenizer,
     require_environment,
-    save_with_data,
     try_in_genai,
     write_config,
 )
+from optimum_comp.onnx.graph import save_with_data
 from optimum_comp.onnx.noise import without_noise
 from optimum_comp.onnx.quantization import check_onnx_folder
 from optimum_comp.onnx.recipes import find_target

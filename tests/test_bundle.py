@@ -23,9 +23,9 @@ from optimum.onnxruntime import ORTModelForCausalLM  # noqa: E402
 
 from optimum_comp.bundle import FUSED_NAME, MANIFEST, BundleError, verify_bundle, write_bundle  # noqa: E402
 from optimum_comp.onnx.export import export_onnx  # noqa: E402
+from optimum_comp.onnx.fused import build_genai  # noqa: E402
 from optimum_comp.onnx.genai import (  # noqa: E402
     ENVIRONMENT_VARIABLE,
-    build_genai,
     find_environment,
     genai_config,
     mend_tokenizer,
@@ -561,6 +561,16 @@ def test_builder_makes_a_small_folder_that_both_open(bits, chain, environment, t
     assert trial.tokens == greedy(tmp_path / "out")[5:]
     assert trial.agrees_with(AutoTokenizer.from_pretrained(chain[0]))
     assert any("plain byte-level" in note for note in report.notes)
+
+
+@needs_genai
+def test_builder_leaves_float_as_it_is(chain, environment, tmp_path):
+    build_genai(chain[0], tmp_path / "out", bits=32, python=environment.python)
+    tokens = torch.tensor([[5, 90, 17, 200, 33]])
+    expected = AutoModelForCausalLM.from_pretrained(chain[0])(tokens).logits.detach()
+    found = load_onnx(tmp_path / "out")(tokens, attention_mask=torch.ones_like(tokens)).logits
+    assert torch.allclose(found, expected, atol=1e-4)
+    assert len(try_in_genai(tmp_path / "out", environment, tokens[0].tolist(), 4).tokens) == 4
 
 
 @needs_genai

@@ -3,64 +3,23 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from optimum_comp.core.gram import GramAccumulator
 from optimum_comp.onnx.graph import DenseNode, needs_external_data
+from optimum_comp.onnx.runtime import GraphRunner
 from optimum_comp.utils import progress_disabled
 
 
 _GRAM_BYTES = 2_000_000_000
 """Gram matrices that are summed up in one pass over the tokens; more need more passes."""
-
-
-class GraphRunner:
-    """An ONNX Runtime session over whole samples, from an empty cache.
-
-    Args:
-        path: the graph.
-    """
-
-    def __init__(self, path: Path):
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        self._inputs = self._session.get_inputs()
-
-    def run(self, tokens: Tensor, outputs: Sequence[str], weights: Mapping[str, Any] | None = None) -> list[Any]:
-        """Some of the graph's outputs.
-
-        Args:
-            tokens: `[batch, length]`.
-            outputs: their names.
-            weights: values for weights that the graph takes as inputs.
-        """
-        feeds = {each.name: self._feed(each, tokens) for each in self._inputs}
-        found: list[Any] = self._session.run(list(outputs), {**feeds, **(weights or {})})
-        return found
-
-    def _feed(self, given: Any, tokens: Tensor) -> Any:
-        batch, length = tokens.shape
-        if given.name == "input_ids":
-            return tokens.numpy()
-        if given.name == "attention_mask":
-            return np.ones((batch, length), np.int64)
-        if given.name == "position_ids":
-            return np.broadcast_to(np.arange(length), (batch, length)).copy()
-        if given.name.startswith("past_key_values"):
-            _, heads, _, channels = given.shape
-            return np.zeros((batch, heads, 0, channels), np.float32)
-        raise ValueError(f"the graph has an input {given.name!r} that isn't known here.")
 
 
 @contextmanager
@@ -122,7 +81,7 @@ def second_moments(model: Any, nodes: Sequence[DenseNode], tokens: Tensor) -> di
             sums = {name: GramAccumulator(widths[name], dtype=torch.float32) for name in names}
             with opened(model, outputs=names) as runner:
                 for sample in tokens.split(1):
-                    for name, values in zip(names, runner.run(sample, names), strict=True):
+                    for name, values in zip(names, runner.run(sample.numpy(), names), strict=True):
                         sums[name].update(torch.from_numpy(values))
                     progress.update()
             found |= {name: total.value() for name, total in sums.items()}

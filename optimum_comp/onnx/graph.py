@@ -11,6 +11,9 @@ from typing import Any
 PROTOBUF_LIMIT = 2_000_000_000
 """Bytes of weights above which a model needs a second file: protobuf ends at 2 GiB."""
 
+SMALL_TENSOR = 1024
+"""Bytes up to which a tensor stays in the graph's own file."""
+
 QUANTIZED_OPERATORS = {"MatMulNBits", "GatherBlockQuantized", "MatMulInteger", "DequantizeLinear"}
 
 
@@ -108,3 +111,11 @@ def weight_of(graph: Any, node: DenseNode) -> Any:
 
     values = numpy_helper.to_array(matrices(graph)[node.weight])
     return values if node.is_tied else values.T
+
+
+def save_with_data(model: Any, path: Path) -> None:
+    """Write a model of `onnx_ir`, its weights in one file beside it that a runtime can map into memory."""
+    import onnx_ir
+
+    # The alignment is that of memory mapping on Windows, the coarsest there is.
+    onnx_ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=SMALL_TENSOR, alignment=65536)

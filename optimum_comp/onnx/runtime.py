@@ -1,9 +1,16 @@
-"""Opening an ONNX folder with Optimum."""
+"""Opening an ONNX folder with Optimum, and a decoder's graph with ONNX Runtime alone."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+
+PAST, PRESENT = "past_key_values", "present"
+"""What the names of a cache begin with where a graph reads it, and where it writes it."""
 
 
 def require_onnxruntime() -> None:
@@ -47,3 +54,80 @@ def load_onnx(path: str | Path, threads: int | None = None, **kwargs: Any) -> An
     return ORTModelForCausalLM.from_pretrained(
         path, provider="CPUExecutionProvider", session_options=options, **kwargs
     )
+
+
+class GraphRunner:
+    """An ONNX Runtime session of a decoder's graph.
+
+    Args:
+        path: the graph.
+        cache_shape: heads of a layer's cache and width of a head, for a graph that leaves them open.
+    """
+
+    def __init__(self, path: Path, cache_shape: tuple[int, int] | None = None):
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._inputs = {each.name: each.shape for each in self._session.get_inputs()}
+        self._cache_shape = cache_shape
+
+    @property
+    def cache_names(self) -> list[str]:
+        """Inputs that hold what was read before."""
+        return [name for name in self._inputs if name.startswith(PAST)]
+
+    def run(
+        self, tokens: Any, outputs: Sequence[str], given: Mapping[str, Any] | None = None, *, start: int = 0
+    ) -> list[Any]:
+        """Some of the graph's outputs.
+
+        Args:
+            tokens: array `[batch, length]`, int64.
+            outputs: their names.
+            given: values by name of the input: the cache, which is empty if not given, and weights that the graph
+                takes as inputs.
+            start: tokens that the cache holds.
+        """
+        feeds = dict(given or {})
+        feeds |= {name: self._feed(name, tokens, start) for name in self._inputs if name not in feeds}
+        found: list[Any] = self._session.run(list(outputs), feeds)
+        return found
+
+    def _feed(self, name: str, tokens: Any, start: int) -> Any:
+        batch, length = tokens.shape
+        if name == "input_ids":
+            return tokens
+        if name == "attention_mask":
+            return np.ones((batch, start + length), np.int64)
+        if name == "position_ids":
+            return np.broadcast_to(np.arange(start, start + length), (batch, length)).copy()
+        if name.startswith(PAST):
+            _, heads, _, width = self._inputs[name]
+            heads, width = self._cache_shape or (heads, width)
+            return np.zeros((batch, heads, 0, width), np.float32)
+        raise ValueError(f"the graph has an input {name!r} that isn't known here.")
+
+
+class CachedDecoder:
+    """A decoder's graph that remembers what it has read, batch 1.
+
+    Args:
+        path: the graph.
+        cache_shape: heads of a layer's cache and width of a head, for a graph that leaves them open.
+    """
+
+    def __init__(self, path: Path, cache_shape: tuple[int, int] | None = None):
+        self._runner = GraphRunner(path, cache_shape)
+        self._cache: dict[str, Any] = {}
+        self._read = 0
+
+    def logits(self, tokens: Sequence[int]) -> Any:
+        """Logits `[len(tokens), vocabulary]` of tokens that follow those that were read before."""
+        names = self._runner.cache_names
+        outputs = ["logits", *(name.replace(PAST, PRESENT) for name in names)]
+        logits, *cache = self._runner.run(np.array([tokens], np.int64), outputs, self._cache, start=self._read)
+        self._cache = dict(zip(names, cache, strict=True))
+        self._read += len(tokens)
+        return logits[0]

@@ -275,7 +275,7 @@ def _sensitivities(
             for node in changed:
                 values = rounded[node.name].weight().float()
                 given[node.weight] = (values if node.is_tied else values.T).contiguous().numpy()
-            (logits,) = runner.run(tokens, [result], given)
+            (logits,) = runner.run(tokens.numpy(), [result], given)
             return torch.from_numpy(logits).log_softmax(-1)
 
         reference = predict([])
