@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from optimum_comp.onnx.shapes import fold_shapes
+
 
 PROTOBUF_LIMIT = 2_000_000_000
 """Bytes of weights above which a model needs a second file: protobuf ends at 2 GiB."""
@@ -39,7 +41,7 @@ class DenseNode:
 
 
 def load_float_graph(path: Path) -> Any:
-    """An exported float model, with `Gemm` written as `MatMul` and `Add`.
+    """An exported float model, with `Gemm` written as `MatMul` and `Add`, and shapes that are known as constants.
 
     Raises:
         ValueError: it is quantized already.
@@ -52,6 +54,7 @@ def load_float_graph(path: Path) -> Any:
         raise ValueError(f"{path} is quantized already; give the float model.")
     # OPT flattens batch and length before its FFN, which exports as Gemm.
     ONNXModel(model).replace_gemm_with_matmul()
+    fold_shapes(model)
     return model
 
 

@@ -1,0 +1,103 @@
+"""Shapes that become constants: right for any batch, prompt and cache."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_CONFIGS, tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("optimum.onnxruntime")
+
+from optimum_comp.onnx.export import export_onnx  # noqa: E402
+from optimum_comp.onnx.runtime import PAST, PRESENT, GraphRunner  # noqa: E402
+from optimum_comp.onnx.shapes import expand_target, fold_shapes, reshape_target  # noqa: E402
+
+
+SIZES = {"batch": 2, "length": 3, "past + length": 5}
+
+names = st.sampled_from([*SIZES, None])
+dimensions = st.one_of(st.integers(1, 4), names)
+
+
+def number(dimension):
+    # What isn't known has a size all the same.
+    return dimension if isinstance(dimension, int) else SIZES.get(dimension, 7)
+
+
+def sizes(shape):
+    return [number(dimension) for dimension in shape]
+
+
+@given(st.lists(dimensions, min_size=1, max_size=5), st.data())
+def test_targets_of_reshape_give_the_shape(after, data):
+    before = data.draw(st.permutations(after))
+    # Two neighbours that have become one, of which nothing is known.
+    if len(before) > 1 and data.draw(st.booleans()):
+        merged = np.prod(sizes(before[:2]))
+        before, after = [None, *before[2:]], [*after]
+        values = np.zeros([merged, *sizes(before[1:])])
+    else:
+        values = np.zeros(sizes(before))
+    target = reshape_target(before, after)
+    if target is None:
+        assert sum(not isinstance(each, int) for each in after) > 1
+        return
+    copied = [values.shape[place] if each == 0 else each for place, each in enumerate(target)]
+    assert values.reshape(copied).shape == tuple(sizes(after))
+
+
+@given(st.lists(dimensions, min_size=1, max_size=5), st.data())
+def test_targets_of_expand_give_the_shape(after, data):
+    kept = data.draw(st.lists(st.booleans(), min_size=len(after), max_size=len(after)))
+    before = [dimension if keep else 1 for dimension, keep in zip(after, kept, strict=True)]
+    before = before[data.draw(st.integers(0, next((i for i, each in enumerate(before) if each != 1), len(before)))) :]
+    target = expand_target(before, after)
+    if target is None:
+        assert any(not isinstance(each, int) for each in after)
+        return
+    assert np.broadcast_shapes(tuple(sizes(before)), target) == tuple(sizes(after))
+
+
+def test_zero_and_two_unknown_dimensions_are_left_alone():
+    assert reshape_target(["batch", 0], ["batch", 0, 4]) is None
+    assert reshape_target([None, None], [None, 4, None]) is None
+    assert expand_target(["batch", 1], ["batch", "length"]) is None
+    assert expand_target([None], [None]) is None
+
+
+@pytest.mark.parametrize("name", TINY_CONFIGS)
+def test_a_folded_graph_computes_the_same(name, tmp_path):
+    """At several batches, and behind a cache; and the layers have next to no shapes left to work out."""
+    tiny_model(name).save_pretrained(tmp_path / "torch")
+    path = export_onnx(tmp_path / "torch", tmp_path / "onnx").output / "model.onnx"
+    model = onnx.load(path)
+    before = [node.op_type for node in model.graph.node if node.op_type != "Constant"]
+    assert fold_shapes(model) > 0
+    after = [node.op_type for node in model.graph.node if node.op_type != "Constant"]
+    assert len(after) < 0.75 * len(before)
+    # OPT makes one dimension of batch and length for its FFN, and has to take it apart again.
+    left = [node.name for node in model.graph.node if node.op_type == "Shape" and "layers.1/" in node.name]
+    assert len(left) == (2 if name.startswith("opt") else 0)
+    onnx.checker.check_model(model)
+    onnx.save(model, tmp_path / "folded.onnx")
+    runners = [GraphRunner(path), GraphRunner(tmp_path / "folded.onnx")]
+    caches = runners[0].cache_names
+    outputs = ["logits", *(each.replace(PAST, PRESENT) for each in caches)]
+    for batch in (1, 3):
+        tokens = torch.randint(3, 128, (batch, 11), generator=torch.Generator().manual_seed(batch)).numpy()
+        prompts = [runner.run(tokens[:, :7], outputs) for runner in runners]
+        for length in (1, 4):
+            given = tokens[:, 7 : 7 + length]
+            found = [
+                runner.run(given, outputs, dict(zip(caches, prompt[1:], strict=True)), start=7)
+                for runner, prompt in zip(runners, prompts, strict=True)
+            ]
+            for one, other in zip(*found, strict=True):
+                np.testing.assert_allclose(other, one, atol=1e-5, rtol=0)
+    # Nothing is left to fold.
+    assert fold_shapes(model) == 0
