@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 
+import torch
 from optimum.exporters.onnx import main_export
 from optimum.onnxruntime import ORTModelForCausalLM
 from transformers import AutoTokenizer
@@ -15,6 +16,8 @@ from transformers import AutoTokenizer
 def main(checkpoint: str, output: str) -> None:
     """Export, load, generate."""
     main_export(checkpoint, output=output, task="text-generation-with-past", do_validation=False)
+    # Torch's threads would get in the way of ONNX Runtime's.
+    torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(output)
     model = ORTModelForCausalLM.from_pretrained(output, provider="CPUExecutionProvider")
     inputs = tokenizer("Gravity is", return_tensors="pt")

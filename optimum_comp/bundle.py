@@ -443,9 +443,11 @@ device. `manifest.json` has the size and SHA-256 of every file.
 `pip install 'optimum-onnx[onnxruntime]' 'onnxruntime>=1.23'`
 
 ```python
+import torch
 from optimum.onnxruntime import ORTModelForCausalLM
 from transformers import AutoTokenizer
 
+torch.set_num_threads(1)  # its threads get in the way of ONNX Runtime's
 folder = "@NAME@"
 model = ORTModelForCausalLM.from_pretrained(folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)
