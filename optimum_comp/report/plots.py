@@ -14,6 +14,8 @@ from optimum_comp.report.table import comparison_rows
 
 SIZE_PLOT, SPEED_PLOT, PAGE = "size.png", "speed.png", "report.html"
 
+_MARKERS = "osD^vP*Xph<>"
+
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "table{border-collapse:collapse}td,th{padding:.3rem .7rem;text-align:right;border-bottom:1px solid #ddd}"
@@ -84,25 +86,27 @@ def _plot(points: Mapping[str, Any], path: Path, label: str, *, larger_is_better
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    names, values = list(points), list(points.values())
+    values = list(points.values())
     sign = -1 if larger_is_better else 1
     front = pareto_front([(sign * x, y) for x, y in values])
-    axes.plot(*zip(*(values[i] for i in front), strict=True), color="tab:blue", linewidth=1, label="Pareto front")
-    for index, (name, (x, y)) in enumerate(zip(names, values, strict=True)):
-        axes.plot(x, y, "o", color="tab:blue" if index in front else "tab:gray")
-        # Above and below in turn: models of one size lie close together.
-        axes.annotate(name, (x, y), xytext=(6, -12 if index % 2 else 4), textcoords="offset points", fontsize=9)
+    axes.plot(
+        *zip(*(values[i] for i in front), strict=True), color="gray", linewidth=1, label="Pareto front", zorder=1
+    )
+    # Shapes as well as colours, which repeat and which not everybody can tell apart. Names beside the plot: models of
+    # one size lie too close together for them.
+    for index, (name, (x, y)) in enumerate(points.items()):
+        axes.plot(x, y, _MARKERS[index % len(_MARKERS)], color=f"C{index % 10}", markersize=8, label=name)
     axes.set_xlabel(label)
     axes.set_ylabel("perplexity")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
-    axes.margins(x=0.2, y=0.15)
+    axes.margins(x=0.08, y=0.1)
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside right upper")
     figure.savefig(path)
     return path
 
