@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from optimum_comp.sources import ModelSource
@@ -62,14 +63,17 @@ class LayerRunner:
     Args:
         source: the dense model.
         example: one sample, `[1, length]`; all later batches have this length.
+        matmul_dtype: of the factors of matrix products (see `find_matmul_dtype`); sums and all else are in the dtype
+            that the source computes in.
 
     Attributes:
         source: the dense model.
         seconds_per_layer: wall time of the first layer on that sample.
     """
 
-    def __init__(self, source: ModelSource, example: Tensor):
+    def __init__(self, source: ModelSource, example: Tensor, matmul_dtype: torch.dtype):
         self.source = source
+        self._matmul_dtype = matmul_dtype
         self._model = source.model
         self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self._is_tuple = False
@@ -88,7 +92,8 @@ class LayerRunner:
             self._arguments.append((args, named))
             if number == 0:
                 started = time.perf_counter()
-                output = compute(hidden, *args, **named)
+                with self.products():
+                    output = compute(hidden, *args, **named)
                 self.seconds_per_layer = time.perf_counter() - started
                 self._is_tuple = isinstance(output, tuple)
             if number == last:
@@ -157,10 +162,21 @@ class LayerRunner:
         with self._standing_in([give] * len(self._arguments)):
             return self._model(input_ids=tokens, use_cache=False).logits
 
-    def run(self, index: int, hidden: Tensor) -> Tensor:
+    def products(self) -> contextlib.AbstractContextManager[Any]:
+        """Matrix products meanwhile have factors of `matmul_dtype`, and so may their results."""
+        differs = self._matmul_dtype != self.source.compute_dtype
+        return torch.autocast(self.source.device.type, self._matmul_dtype if differs else None, enabled=differs)
+
+    def run(self, index: int, hidden: Tensor, *, exact: bool = False) -> Tensor:
         """Output of decoder layer `index` for hidden states `[batch, length, hidden]`.
 
         To be called inside `source.layer(index)`.
+
+        Args:
+            index: the layer.
+            hidden: what goes in.
+            exact: with products in the dtype of all else.
         """
         args, kwargs = self._arguments[index]
-        return first(self.source.layers[index](hidden, *args, **kwargs))
+        with contextlib.nullcontext() if exact else self.products():
+            return first(self.source.layers[index](hidden, *args, **kwargs)).to(hidden.dtype)

@@ -95,6 +95,7 @@ def compress(
     text_column: str | None = None,
     batch_size: int | None = None,
     max_memory: str | int | None = None,
+    matmul_dtype: str = "auto",
     recipe: str = "int8",
     target: str = "any",
     budget: Budget | None = None,
@@ -115,6 +116,7 @@ def compress(
         text_column: column of a dataset that holds text.
         batch_size: samples that go through a layer at a time.
         max_memory: of the pruning; see `CompPruner.prune`.
+        matmul_dtype: of the pruning; see `CompPruner.prune`.
         recipe: how to quantize; not used with a budget.
         target: the processor that it is for.
         budget: search for the mix of precisions that keeps it, relative to the pruned model.
@@ -145,7 +147,12 @@ def compress(
         pruner = CompPruner.from_pretrained(model, **loading)
         # Not in the folder: what an interruption leaves of this chain can't be gone on with.
         pruning = pruner.prune(
-            config, calibration, text_column=text_column, batch_size=batch_size, max_memory=max_memory
+            config,
+            calibration,
+            text_column=text_column,
+            batch_size=batch_size,
+            max_memory=max_memory,
+            matmul_dtype=matmul_dtype,
         ).summary()
         pruner.save_pretrained(folder / PRUNED)
         tokens = None if pruner.samples is None else pruner.samples[:_SAMPLES]

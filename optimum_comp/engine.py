@@ -223,6 +223,11 @@ class PruningRun:
     def _read(self, store: ActivationStore, rows: slice) -> Tensor:
         return store.read(rows, self.source.device, self.source.compute_dtype)
 
+    def _consume(self, inputs: Tensor, weight: Tensor) -> Tensor:
+        """What a consumer with this weight makes of its inputs, without its bias."""
+        with self._runner.products():
+            return functional.linear(inputs, weight).to(inputs.dtype)
+
     def _coarse(self, scratch: ActivationStore) -> tuple[list[int], list[float]]:
         """Which layers go, and every layer's score (empty if none goes)."""
         count, protected = self._removable
@@ -266,11 +271,11 @@ class PruningRun:
         """
         with self._layer(index) as layer:
             hidden = self._read(own, slice(0, 1))
-            whole = self._runner.run(index, hidden)
+            whole = self._runner.run(index, hidden, exact=True)
             consumer = self.spec.get_consumer(layer)
             tap = Tap(consumer)
             with replaced(layer, self.spec.consumer, tap):
-                residual = self._runner.run(index, hidden)
+                residual = self._runner.run(index, hidden, exact=True)
             assert tap.inputs is not None
             rebuilt = residual + functional.linear(tap.inputs, consumer.weight).view_as(residual)
         tolerance = 16 * torch.finfo(hidden.dtype).eps
@@ -280,7 +285,7 @@ class PruningRun:
     def _find_folds(self, index: int, own: ActivationStore) -> None:
         with self._layer(index) as layer:
             hidden = self._read(own, slice(0, 1))
-            held = holding_folds(layer, self.spec.folds, lambda: self._runner.run(index, hidden))
+            held = holding_folds(layer, self.spec.folds, lambda: self._runner.run(index, hidden, exact=True))
         self._folds = [fold for fold in held if fold.consumers != (self.spec.consumer,)]
         self._consumer_fold = next((fold for fold in held if fold not in self._folds), None)
 
@@ -322,9 +327,9 @@ class PruningRun:
             for rows in self._rows:
                 with clock("forward"), replaced(layer, self.spec.consumer, tap), watching(layer, ranges):
                     residual = self._runner.run(index, self._read(own, rows))
-                seen = tap.inputs
-                if seen is None:
+                if tap.inputs is None:
                     raise RuntimeError(f"layer {index} never called its {self.spec.consumer}.")
+                seen = tap.inputs.to(residual.dtype)
                 with clock("gram"):
                     gram.update(seen)
                     if largest is not None:
@@ -336,7 +341,7 @@ class PruningRun:
                     continue
                 with clock("forward"):
                     # Before anything is pruned, the dense model's hidden states are the pruned one's.
-                    same = residual + functional.linear(seen, weight).view_as(residual) if is_first else None
+                    same = residual + self._consume(seen, weight).view_as(residual) if is_first else None
                     wanted = self._runner.run(index, self._read(dense, rows)) if same is None else same
                     dense.write(rows, wanted)
                 if cross is not None:
@@ -369,14 +374,14 @@ class PruningRun:
         deviation = torch.zeros_like(over_gap) if dense is not None else None
         whole = self._store("whole", self._hidden, self._plan.spill_states)
         for rows in self._rows:
-            whole.write(rows, self._read(own, rows) + functional.linear(self._read(inputs, rows), weight))
+            whole.write(rows, self._read(own, rows) + self._consume(self._read(inputs, rows), weight))
         self._pass(gap, whole)
         if dense is not None:
             self._pass(gap, dense)
         with self.clock("gram"):
             for rows in self._rows:
                 seen, wanted = self._read(inputs, rows), self._read(whole, rows)
-                before = self._read(own, rows) + functional.linear(seen, weight)
+                before = self._read(own, rows) + self._consume(seen, weight)
                 add_cross_moment(over_gap, wanted - before, seen)
                 if dense is not None and deviation is not None:
                     add_cross_moment(deviation, self._read(dense, rows) - wanted, seen)
@@ -452,7 +457,7 @@ class PruningRun:
             weight = weight.to(self.source.compute_dtype)
             with self.clock("forward"):
                 for rows in self._rows:
-                    new = functional.linear(self._read(inputs, rows)[..., kept], weight)
+                    new = self._consume(self._read(inputs, rows)[..., kept], weight)
                     energy += new.float().square().sum(dtype=torch.float64)
                     own.write(rows, self._read(own, rows) + new)
             self.ranks.sum_(energy)

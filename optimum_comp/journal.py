@@ -21,7 +21,7 @@ from optimum_comp.report.run import REPORT_NAME
 WORK = "comp_work"
 """Subfolder with the pruned layers, the hidden states and the calibration tokens of an unfinished run."""
 
-_FORMAT = 1
+_FORMAT = 2
 _TOKENS = "tokens.safetensors"
 _LAYERS, _FINISHING = "layers", "finishing"
 

@@ -20,6 +20,8 @@ from optimum_comp.utils import get_logger
 
 logger = get_logger(__name__)
 
+MATMUL_DTYPES = ("auto", "float32", "bfloat16")
+
 
 class ModelSource(ABC):
     """A dense model, one decoder layer of which is at hand at a time.
@@ -258,6 +260,40 @@ def part_name(place: int) -> str:
 def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
     """Processors multiply half-precision matrices slowly or inexactly; there, weights are widened as they are read."""
     return torch.float32 if device.type == "cpu" and stored in (torch.bfloat16, torch.float16) else stored
+
+
+def find_matmul_dtype(given: str, source: ModelSource) -> torch.dtype:
+    """What factors of matrix products are rounded to while a model's layers run.
+
+    Args:
+        given: `"float32"`, `"bfloat16"`, or `"auto"`: bfloat16 on a processor that has instructions for it and would
+            compute in float32 otherwise.
+        source: the model.
+
+    Raises:
+        ValueError: none of these, or it isn't the source's to choose.
+    """
+    if given not in MATMUL_DTYPES:
+        raise ValueError(f"matmul_dtype={given!r} is not valid: it must be one of {', '.join(MATMUL_DTYPES)}.")
+    computes = source.compute_dtype
+    if given == "auto":
+        return torch.bfloat16 if computes == torch.float32 and _multiplies_bfloat16(source.device) else computes
+    if source.device.type != "cpu":
+        raise ValueError(
+            f"matmul_dtype={given!r} is for the CPU; on {source.device.type}, layers are computed in the dtype that "
+            "they are loaded in (dtype)."
+        )
+    return torch.bfloat16 if given == "bfloat16" else computes
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether a processor has instructions for products of bfloat16 matrices; without, they are slower than float32.
+
+    Arm's aren't counted: nobody has measured there what is gained.
+    """
+    # Older versions of torch don't tell.
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def empty_model(config: Any, dtype: torch.dtype, **arguments: Any) -> Any:

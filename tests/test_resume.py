@@ -24,6 +24,7 @@ from optimum_comp import CompConfig, CompPruner
 from optimum_comp.engine import PruningRun
 from optimum_comp.evaluation import Settings, evaluate, load_model
 from optimum_comp.journal import Journal
+from optimum_comp.sources import _multiplies_bfloat16
 
 
 FIELDS = {"sparsity": 0.35, "num_samples": 8, "sequence_length": 32, "round_to": 8, "layer_fraction": 0.8}
@@ -148,6 +149,8 @@ def interrupted(tiny_folder, output, monkeypatch, error=Stop) -> None:
 
 def test_going_on_takes_what_is_not_given_from_the_journal(tiny_folder, tmp_path, undisturbed, monkeypatch):
     interrupted(tiny_folder, tmp_path / "out", monkeypatch)
+    # On a processor of another kind.
+    monkeypatch.setattr("optimum_comp.sources._multiplies_bfloat16", lambda device: not _multiplies_bfloat16(device))
     CompPruner.from_pretrained(tiny_folder).prune(output=tmp_path / "out", resume=True)
     assert digest(tmp_path / "out") == undisturbed
     # Complete, it is left as it is.
@@ -189,6 +192,10 @@ def test_going_on_otherwise_is_refused(tiny_folder, tmp_path, undisturbed, monke
         )
     with pytest.raises(ValueError, match="calibrated on 'token blocks', not on 'self'"):
         CompPruner.from_pretrained(tiny_folder).prune(CONFIG, "self", output=output, resume=True)
+    begun = json.loads((output / "comp_journal.json").read_text())["run"]["matmul_dtype"]
+    for given in {"float32", "bfloat16"} - {begun}:
+        with pytest.raises(ValueError, match=f"has matmul_dtype='{begun}', and now it is '{given}'"):
+            prune(tiny_folder, output, resume=True, matmul_dtype=given)
     other = tiny_model("llama", seed=1)
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="has weights="):

@@ -21,6 +21,7 @@ from optimum_comp.checkpoint.parts import join_parts, write_part
 from optimum_comp.evaluation import load_model
 from optimum_comp.memory import parse_bytes, plan_memory, workload_of
 from optimum_comp.opening import find_device
+from optimum_comp.sources import find_matmul_dtype
 from optimum_comp.states import ActivationStore
 
 
@@ -92,6 +93,44 @@ def test_half_precision_is_kept_on_disk_and_widened_to_compute(in_memory, tmp_pa
     assert json.loads((folder / "config.json").read_text()).get("dtype", "bfloat16") == "bfloat16"
     if in_memory:
         assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_products_are_rounded_where_the_processor_can(monkeypatch):
+    source = CompPruner.from_pretrained(tiny_model("llama"))._source
+    for known, found in ({"avx512_bf16": True}, torch.bfloat16), ({"avx2": True, "amx_bf16": False}, torch.float32):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known)
+        assert find_matmul_dtype("auto", source) == found
+        assert find_matmul_dtype("bfloat16", source) == torch.bfloat16
+        assert find_matmul_dtype("float32", source) == torch.float32
+    with pytest.raises(ValueError, match=r"matmul_dtype='int8' is not valid: it must be one of auto"):
+        CompPruner.from_pretrained(tiny_model("llama")).prune(
+            CompConfig(**CONFIG), tiny_blocks(8, 32), matmul_dtype="int8"
+        )
+    source.device = torch.device("cuda")
+    assert find_matmul_dtype("auto", source) == torch.float32
+    with pytest.raises(ValueError, match="'bfloat16' is for the CPU"):
+        find_matmul_dtype("bfloat16", source)
+
+
+@pytest.mark.parametrize("name", TINY_CONFIGS)
+def test_rounded_products_prune_to_nearly_the_same(name):
+    """Another model, by rounding, than with exact products, but far nearer to that one than to the dense one."""
+    prompt = tiny_blocks(2, 12, seed=9)
+    found, dense = {}, logits(tiny_model(name).eval(), prompt)
+    for dtype in ("float32", "bfloat16"):
+        model = tiny_model(name)
+        pruner = CompPruner.from_pretrained(model)
+        results = set()
+        query = pruner.layers[1].get_submodule("self_attn.q_proj")
+        query.register_forward_hook(lambda module, args, output, results=results: results.add(output.dtype))
+        report = pruner.prune(CompConfig(**CONFIG), tiny_blocks(8, 32), matmul_dtype=dtype)
+        assert report.matmul_dtype == dtype
+        # Whether folds hold, and the like, is measured with exact products in any case.
+        assert getattr(torch, dtype) in results
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+        found[dtype] = logits(model, prompt)
+    difference = (found["bfloat16"] - found["float32"]).norm()
+    assert 0 < difference < 0.5 * (found["float32"] - dense).norm()
 
 
 def test_another_dtype_is_written_when_asked(tiny_folder, tmp_path):

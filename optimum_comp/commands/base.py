@@ -76,6 +76,12 @@ def add_config_arguments(parser: ArgumentParser) -> None:
         help="What the process may take in all, like 4GB; past it, smaller batches\n"
         "and files are used [what is free].",
     )
+    group.add_argument(
+        "--matmul-dtype",
+        default="auto",
+        help="Round factors of matrix products to this while layers run on a CPU: float32\n"
+        "(not at all), bfloat16, or auto: bfloat16 where the processor has it [auto].",
+    )
     group.add_argument("--seed", type=int, help="Seed of everything random [0].")
     group.add_argument("--neuron-metric", help="condition, condition_gram, condition_mask, wanda, magnitude, random.")
     group.add_argument("--recovery", help="least_squares, mask or none.")

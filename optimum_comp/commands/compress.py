@@ -63,6 +63,7 @@ class CompressCommand(CompSubcommand):
             text_column=args.text_column,
             batch_size=args.batch_size,
             max_memory=args.max_memory,
+            matmul_dtype=args.matmul_dtype,
             settings=settings_from(args, args.text),
             bundle=args.bundle,
             ort_format=args.ort_format,

@@ -77,6 +77,7 @@ class PruneCommand(CompSubcommand):
                 text_column=args.text_column,
                 batch_size=args.batch_size,
                 max_memory=args.max_memory,
+                matmul_dtype=args.matmul_dtype,
                 max_shard_size=args.max_shard_size,
                 overwrite=args.overwrite,
                 resume=args.resume,

@@ -43,6 +43,7 @@ class CompReport:
     """A pruning run: what was asked, what was done, on which text, with which versions.
 
     Attributes:
+        matmul_dtype: what factors of matrix products were rounded to while layers ran.
         seconds: wall time; of a run that was gone on with, since then.
         peak_memory_bytes: largest memory of the process so far.
         timings: seconds by kind of work.
@@ -60,6 +61,7 @@ class CompReport:
     layers: list[LayerReport]
     calibration: dict[str, Any]
     versions: dict[str, str]
+    matmul_dtype: str = "float32"
     seconds: float = 0.0
     peak_memory_bytes: int = 0
     timings: dict[str, float] = field(default_factory=dict)
