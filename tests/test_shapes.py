@@ -1,4 +1,4 @@
-"""Shapes that become constants: right for any batch, prompt and cache."""
+"""Graphs with less to do for each token: the same results for any batch, prompt and cache."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("optimum.onnxruntime")
 
+from optimum_comp.onnx.attention import group_heads  # noqa: E402
 from optimum_comp.onnx.export import export_onnx  # noqa: E402
 from optimum_comp.onnx.runtime import PAST, PRESENT, GraphRunner  # noqa: E402
-from optimum_comp.onnx.shapes import expand_target, fold_shapes, reshape_target  # noqa: E402
+from optimum_comp.onnx.shapes import expand_target, fold_shapes, infer_shapes, reshape_target  # noqa: E402
 
 
 SIZES = {"batch": 2, "length": 3, "past + length": 5}
@@ -72,12 +73,12 @@ def test_zero_and_two_unknown_dimensions_are_left_alone():
 
 @pytest.mark.parametrize("name", TINY_CONFIGS)
 def test_a_folded_graph_computes_the_same(name, tmp_path):
-    """At several batches, and behind a cache; and the layers have next to no shapes left to work out."""
     tiny_model(name).save_pretrained(tmp_path / "torch")
     path = export_onnx(tmp_path / "torch", tmp_path / "onnx").output / "model.onnx"
     model = onnx.load(path)
     before = [node.op_type for node in model.graph.node if node.op_type != "Constant"]
-    assert fold_shapes(model) > 0
+    shapes = infer_shapes(model)
+    assert fold_shapes(model, shapes) > 0
     after = [node.op_type for node in model.graph.node if node.op_type != "Constant"]
     assert len(after) < 0.75 * len(before)
     # OPT makes one dimension of batch and length for its FFN, and has to take it apart again.
@@ -85,12 +86,51 @@ def test_a_folded_graph_computes_the_same(name, tmp_path):
     assert len(left) == (2 if name.startswith("opt") else 0)
     onnx.checker.check_model(model)
     onnx.save(model, tmp_path / "folded.onnx")
-    runners = [GraphRunner(path), GraphRunner(tmp_path / "folded.onnx")]
+    assert_same(path, tmp_path / "folded.onnx")
+    # Nothing is left to fold.
+    assert fold_shapes(model, infer_shapes(model)) == 0
+
+
+@pytest.mark.parametrize("name", TINY_CONFIGS)
+def test_shared_keys_and_values_are_not_repeated(name, tmp_path):
+    model = tiny_model(name)
+    model.save_pretrained(tmp_path / "torch")
+    path = export_onnx(tmp_path / "torch", tmp_path / "onnx").output / "model.onnx"
+    graph = onnx.load(path)
+    shapes = infer_shapes(graph)
+    # Shapes that are worked out read the repeated keys, too.
+    fold_shapes(graph, shapes)
+    shared = model.config.num_attention_heads != getattr(model.config, "num_key_value_heads", 4)
+    # Keys and values of each layer.
+    assert group_heads(graph, shapes) == (2 * model.config.num_hidden_layers if shared else 0)
+    assert not [node.name for node in graph.graph.node if node.op_type == "Expand" and "self_attn" in node.name]
+    onnx.checker.check_model(graph)
+    onnx.save(graph, tmp_path / "grouped.onnx")
+    assert_same(path, tmp_path / "grouped.onnx")
+    assert group_heads(graph, infer_shapes(graph)) == 0
+
+
+def test_heads_that_something_else_reads_stay_repeated(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "torch")
+    graph = onnx.load(export_onnx(tmp_path / "torch", tmp_path / "onnx").output / "model.onnx")
+    shapes = infer_shapes(graph)
+    fold_shapes(graph, shapes)
+    repeated = next(node for node in graph.graph.node if node.op_type == "Expand" and "layers.0/" in node.name)
+    (merged,) = (node.output[0] for node in graph.graph.node if repeated.output[0] in node.input)
+    graph.graph.output.append(onnx.ValueInfoProto(name=merged))
+    # Keys and values of four layers, but for one.
+    assert group_heads(graph, shapes) == 7
+
+
+def assert_same(path, changed):
+    """At several batches, at the prompt and behind a cache."""
+    runners = [GraphRunner(path), GraphRunner(changed)]
     caches = runners[0].cache_names
     outputs = ["logits", *(each.replace(PAST, PRESENT) for each in caches)]
     for batch in (1, 3):
         tokens = torch.randint(3, 128, (batch, 11), generator=torch.Generator().manual_seed(batch)).numpy()
         prompts = [runner.run(tokens[:, :7], outputs) for runner in runners]
+        np.testing.assert_allclose(prompts[1][0], prompts[0][0], atol=1e-5, rtol=0)
         for length in (1, 4):
             given = tokens[:, 7 : 7 + length]
             found = [
@@ -99,5 +139,3 @@ def test_a_folded_graph_computes_the_same(name, tmp_path):
             ]
             for one, other in zip(*found, strict=True):
                 np.testing.assert_allclose(other, one, atol=1e-5, rtol=0)
-    # Nothing is left to fold.
-    assert fold_shapes(model) == 0

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from optimum_comp.onnx.shapes import fold_shapes
+from optimum_comp.onnx.attention import group_heads
+from optimum_comp.onnx.shapes import fold_shapes, infer_shapes
 
 
 PROTOBUF_LIMIT = 2_000_000_000
@@ -41,7 +42,9 @@ class DenseNode:
 
 
 def load_float_graph(path: Path) -> Any:
-    """An exported float model, with `Gemm` written as `MatMul` and `Add`, and shapes that are known as constants.
+    """An exported float model, with less to do for each token.
+
+    `Gemm` is written as `MatMul` and `Add`, shapes that are known are constants, and keys and values aren't repeated.
 
     Raises:
         ValueError: it is quantized already.
@@ -54,7 +57,9 @@ def load_float_graph(path: Path) -> Any:
         raise ValueError(f"{path} is quantized already; give the float model.")
     # OPT flattens batch and length before its FFN, which exports as Gemm.
     ONNXModel(model).replace_gemm_with_matmul()
-    fold_shapes(model)
+    shapes = infer_shapes(model)
+    fold_shapes(model, shapes)
+    group_heads(model, shapes)
     return model
 
 

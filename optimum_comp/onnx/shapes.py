@@ -7,7 +7,7 @@ With one token at a time, these take as long as the products by the weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from optimum_comp.utils import get_logger
@@ -22,7 +22,7 @@ Dimension = int | str | None
 """Known, known by name (the same name is the same number), or unknown."""
 
 
-def fold_shapes(model: Any) -> int:
+def fold_shapes(model: Any, shapes: Mapping[str, Sequence[Dimension]]) -> int:
     """Replace what the shapes of a graph's activations say beforehand, in place.
 
     `Reshape` and `Expand` get constant targets: a dimension that the input has at the same place is copied (0 to
@@ -31,18 +31,17 @@ def fold_shapes(model: Any) -> int:
 
     Args:
         model: an ONNX model; nodes that nothing needs any more are removed.
+        shapes: of its activations, as `infer_shapes` gives them.
 
     Returns:
         How many nodes were changed or replaced.
     """
     graph = model.graph
-    if any(attribute.HasField("g") for node in graph.node for attribute in node.attribute):
-        return 0
-    folding = _Folding(graph, _shapes(model))
+    folding = _Folding(graph, shapes)
     for node in graph.node:
         folding.visit(node)
     folding.rename()
-    _remove_unused(graph)
+    remove_unused(graph)
     return folding.count
 
 
@@ -54,11 +53,11 @@ class _Folding:
         shapes: of its activations.
     """
 
-    def __init__(self, graph: Any, shapes: dict[str, list[Dimension]]):
+    def __init__(self, graph: Any, shapes: Mapping[str, Sequence[Dimension]]):
         self.count = 0
         self._graph, self._shapes = graph, shapes
         self._producers = {name: node for node in graph.node for name in node.output}
-        self._constants = _constants(graph)
+        self._constants = constants(graph)
         self._results = {value.name for value in graph.output}
         self._added: dict[tuple[int, ...] | int, str] = {}
         self._renamed: dict[str, str] = {}
@@ -119,7 +118,7 @@ class _Folding:
         return self._added[value]
 
 
-def _constants(graph: Any) -> dict[str, Any]:
+def constants(graph: Any) -> dict[str, Any]:
     """Name -> value of small constants, whichever way the graph has them."""
     from onnx import numpy_helper
 
@@ -158,12 +157,18 @@ def expand_target(before: Sequence[Dimension], after: Sequence[Dimension]) -> tu
     return tuple(target)
 
 
-def _shapes(model: Any) -> dict[str, list[Dimension]]:
-    """Name of each activation -> its shape as far as it is known."""
+def infer_shapes(model: Any) -> dict[str, list[Dimension]]:
+    """Name of each activation -> its shape as far as it is known.
+
+    Nothing is known of a graph that has graphs inside (loops, branches), or an operator that ONNX Runtime's inference
+    of shapes doesn't know.
+    """
     import onnx
     from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
 
     graph = model.graph
+    if any(attribute.HasField("g") for node in graph.node for attribute in node.attribute):
+        return {}
     # Without the weights, of which only the shapes matter.
     skeleton = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
     skeleton.graph.name = graph.name
@@ -179,7 +184,7 @@ def _shapes(model: Any) -> dict[str, list[Dimension]]:
         inferred = SymbolicShapeInference.infer_shapes(skeleton).graph
     # What it raises where it doesn't know an operator is of no narrower class.
     except Exception as error:
-        logger.info("The graph's shapes stay as they are: %s", error)
+        logger.info("Shapes are worked out at every run: %s", error)
         return {}
     values = [*inferred.value_info, *inferred.input, *inferred.output]
     tensors = {value.name: value.type.tensor_type for value in values}
@@ -194,7 +199,7 @@ def _dimension(given: Any) -> Dimension:
     return given.dim_value if given.HasField("dim_value") else given.dim_param or None
 
 
-def _remove_unused(graph: Any) -> None:
+def remove_unused(graph: Any) -> None:
     """Take out nodes and initializers that no output needs."""
     needed = {value.name for value in graph.output}
     kept = []
