@@ -165,7 +165,9 @@ class LayerRunner:
     def products(self) -> contextlib.AbstractContextManager[Any]:
         """Matrix products meanwhile have factors of `matmul_dtype`, and so may their results."""
         differs = self._matmul_dtype != self.source.compute_dtype
-        return torch.autocast(self.source.device.type, self._matmul_dtype if differs else None, enabled=differs)
+        rounded = self._matmul_dtype if differs else None
+        # Not cached: each weight is used once, and all of a layer's would add half its size to the peak.
+        return torch.autocast(self.source.device.type, rounded, enabled=differs, cache_enabled=False)
 
     def run(self, index: int, hidden: Tensor, *, exact: bool = False) -> Tensor:
         """Output of decoder layer `index` for hidden states `[batch, length, hidden]`.
