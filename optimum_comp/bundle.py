@@ -112,7 +112,7 @@ def write_bundle(
 
     It opens with `ORTModelForCausalLM.from_pretrained` and with ONNX Runtime GenAI. With the float checkpoint and an
     environment of GenAI's model builder, it also gets `model_fused.onnx`: the same weights, in the same file, in a
-    graph with attention as one operator, which GenAI generates with about twice as fast.
+    graph with attention as one operator, with which GenAI generates half as fast again.
 
     Args:
         quantized: an ONNX folder as `quantize_onnx` makes it.
