@@ -9,6 +9,9 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
 
 COMPRESSION_SUMMARY = "comp_compress.json"
 JOURNAL = "comp_journal.json"
@@ -63,12 +66,23 @@ def check_folder(target: str | Path, *, overwrite: bool = False, sources: Sequen
     return target
 
 
-def require_finished(folder: str | Path) -> None:
-    """Refuse a folder that an interrupted run has left.
+def check_model(folder: str | Path) -> None:
+    """Refuse what can't be a model: a folder that isn't there, or that an interrupted run has left.
+
+    Args:
+        folder: a folder, or a model's name on the hub.
 
     Raises:
-        ValueError: as said; tells how to go on.
+        FileNotFoundError: there is no such folder, and no model on the hub can have that name.
+        ValueError: the folder is unfinished; tells how to go on.
     """
+    if not Path(folder).exists():
+        try:
+            validate_repo_id(str(folder))
+        except HFValidationError as error:
+            raise FileNotFoundError(
+                f"there is no folder {folder}. Give a folder, or a model on the hub as NAME or NAMESPACE/NAME."
+            ) from error
     if (Path(folder) / JOURNAL).is_file():
         raise ValueError(
             f"{folder} is unfinished: a pruning run was interrupted there. Go on with\n"

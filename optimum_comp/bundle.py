@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from optimum_comp import __version__
-from optimum_comp.atomic import atomic_folder, check_folder, require_finished
+from optimum_comp.atomic import atomic_folder, check_folder, check_model
 from optimum_comp.onnx.export import check_checkpoint
 from optimum_comp.onnx.folders import MODEL_NAME, copy_companions
 from optimum_comp.onnx.fused import can_be_fused, fuse, greedy_tokens
@@ -137,7 +137,7 @@ def write_bundle(
     source = Path(quantized)
     float_checkpoint = None if checkpoint is None else Path(checkpoint)
     find_target(target)
-    require_finished(source)
+    check_model(source)
     check_onnx_folder(source)
     if genai and float_checkpoint is None:
         raise ValueError("the fused graph is made from the float checkpoint; give checkpoint.")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimum_comp.atomic import COMPRESSION_SUMMARY, atomic_folder, check_folder
+from optimum_comp.atomic import COMPRESSION_SUMMARY, atomic_folder, check_folder, check_model
 from optimum_comp.bundle import BundleReport, write_bundle
 from optimum_comp.calibration import PYDOC, SELF, CalibrationSource, prepare_calibration, read_text
 from optimum_comp.configuration import CompConfig
@@ -133,13 +133,20 @@ def compress(
     """
     settings = settings or Settings()
     output = Path(output)
+    check_model(model)
     sources = [Path(model)] if Path(model).exists() else []
     check_folder(output, overwrite=overwrite, sources=sources)
     require_onnxruntime()
     find_recipe(recipe)
     find_target(target)
     if bundle is not None:
-        check_folder(bundle, overwrite=overwrite, sources=[*sources, output])
+        check_folder(bundle, overwrite=overwrite, sources=sources)
+        folders = output.resolve(), Path(bundle).resolve()
+        if folders[0].is_relative_to(folders[1]) or folders[1].is_relative_to(folders[0]):
+            raise ValueError(
+                f"the bundle {bundle} and the output {output} are one folder, or one holds the other. Choose folders "
+                "beside each other."
+            )
     if settings.text is not None:
         read_text(settings.text, settings.text_column, settings.max_tokens)
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from optimum_comp.atomic import require_finished
+from optimum_comp.atomic import check_model
 from optimum_comp.calibration import PYDOC, read_text, tokenize
 from optimum_comp.checkpoint.reader import resolve_folder
 from optimum_comp.core.layer_scores import next_token_loss
@@ -180,7 +180,7 @@ def evaluate(path: str | Path, settings: Settings, **kwargs: Any) -> Evaluation:
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    require_finished(path)
+    check_model(path)
     tokens, name = None, None
     if settings.text is not None or settings.prompt is not None:
         tokenizer = AutoTokenizer.from_pretrained(path, **lookup_arguments(kwargs))

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from optimum_comp.atomic import require_finished
+from optimum_comp.atomic import check_model
 from optimum_comp.checkpoint.reader import Checkpoint, require_safetensors, resolve_folder, weight_files
 from optimum_comp.families import FamilySpec, family_of
 from optimum_comp.sources import ModelSource, ResidentModel, StreamedModel, empty_model
@@ -68,7 +68,7 @@ def trusted(name: str | Path, kwargs: dict[str, Any]) -> dict[str, Any]:
         ValueError: the folder is an unfinished run's, or its weights are a pickle and `use_safetensors=False` isn't
             given.
     """
-    require_finished(name)
+    check_model(name)
     if "gguf_file" in kwargs or kwargs.get("use_safetensors") is False:
         return kwargs
     if Path(name).is_dir():

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from optimum_comp.activations import LayerRunner
-from optimum_comp.atomic import JOURNAL, atomic_folder, check_folder, require_finished
+from optimum_comp.atomic import JOURNAL, atomic_folder, check_folder, check_model
 from optimum_comp.calibration import SELF, Calibration, CalibrationSource, prepare_calibration, source_name
 from optimum_comp.checkpoint.parts import join_parts
 from optimum_comp.checkpoint.reader import weight_files
@@ -110,7 +110,7 @@ class CompPruner:
                 raise ValueError(f"{type(model).__name__} is not a causal language model of transformers.")
             return cls(ResidentModel(model.eval(), family_of(model.config)), tokenizer)
         name = str(model)
-        require_finished(name)
+        check_model(name)
         lookup = lookup_arguments(kwargs)
         config = kwargs.get("config") or AutoConfig.from_pretrained(name, **lookup)
         source = open_source(name, config, where, lookup, kwargs)

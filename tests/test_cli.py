@@ -98,6 +98,7 @@ def test_presets_and_stored_configs(tiny_folder, text, tmp_path):
         (("--device", "cuda:99"), "device='cuda:99'"),
         (("--dtype", "int8"), "dtype='int8' is not valid"),
         (("--batch-size", 0), "batch_size=0 is not valid"),
+        (("--matmul-dtype", "fp8"), "matmul_dtype='fp8' is not valid: it must be one of auto, float32, bfloat16"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_leaves_nothing(arguments, message, tiny_folder, text, tmp_path):
@@ -108,6 +109,25 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(arguments, message, tiny
     assert len(errors) == 1 and message in errors[0]
     assert "Traceback" not in done.stderr
     assert not [path for path in tmp_path.iterdir() if "out" in path.name]
+
+
+@pytest.mark.parametrize("command", ["prune", "compress", "eval", "bench"])
+def test_a_folder_that_is_not_there_is_said_at_once(command, tiny_folder, tmp_path):
+    missing = tmp_path / "missing"
+    given = {"bench": (tiny_folder, missing), "eval": ("--model", missing)}
+    done = run(command, *given.get(command, ("--model", missing, tmp_path / "out")), check=False)
+    assert done.returncode == 1 and done.stdout == ""
+    assert f"error: there is no folder {missing}. Give a folder, or a model on the hub" in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place", ["", "phone"])
+def test_a_bundle_in_the_output_is_refused_at_once(place, tiny_folder, tmp_path):
+    pytest.importorskip("optimum.onnxruntime")
+    output = tmp_path / "out"
+    done = run("compress", "--model", tiny_folder, "--bundle", output / place, output, check=False)
+    assert done.returncode == 1 and "are one folder, or one holds the other" in done.stderr
+    assert "Writing calibration text" not in done.stderr and not output.exists()
 
 
 def test_a_word_for_a_number_is_refused(tiny_folder, tmp_path):

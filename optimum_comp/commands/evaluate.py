@@ -113,6 +113,7 @@ class BenchCommand(CompSubcommand):
 
     def execute(self) -> None:
         """Measure one after the other and print."""
+        from optimum_comp.atomic import check_model
         from optimum_comp.evaluation import evaluate_apart
         from optimum_comp.report.plots import require_matplotlib, write_report
         from optimum_comp.report.table import evaluation_table
@@ -120,6 +121,8 @@ class BenchCommand(CompSubcommand):
         if self.args.report is not None:
             require_matplotlib()
         settings = settings_from(self.args, self.args.text)
+        for model in self.args.models:
+            check_model(model)
         results = {model: evaluate_apart(model, settings) for model in self.args.models}
         write_json(self.args.json, [result.to_dict() for result in results.values()])
         print(evaluation_table(results))

@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from optimum_comp.atomic import atomic_folder, require_finished
+from optimum_comp.atomic import atomic_folder, check_model
 from optimum_comp.checkpoint.reader import require_safetensors
 from optimum_comp.onnx.folders import copy_companions, graph_bytes
 from optimum_comp.onnx.noise import without_noise
@@ -90,7 +90,7 @@ def check_checkpoint(source: Path) -> None:
     Raises:
         ValueError: it isn't a finished safetensors checkpoint.
     """
-    require_finished(source)
+    check_model(source)
     if not (source / "config.json").is_file():
         raise ValueError(f"{source} is not a model folder: it has no config.json.")
     require_safetensors(str(source), source)
