@@ -13,7 +13,7 @@ from optimum_comp.report.run import CompReport
 _TEXT = """# {title}
 
 {base} made smaller with [COMP](https://arxiv.org/abs/2501.15255) structured pruning by
-[optimum-comp](https://pypi.org/project/optimum-comp/). It is a plain `transformers` checkpoint:
+optimum-comp. It is a plain `transformers` checkpoint:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
