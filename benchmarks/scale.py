@@ -24,10 +24,10 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from optimum_comp import CompConfig, CompPruner
-from optimum_comp.distributed import Ranks
+from optimum_comp.checkpoint.source import ResidentModel, empty_model
 from optimum_comp.families import family_of
-from optimum_comp.memory import MemoryPlan, Workload, disk_bytes, good_batch_size, predict, workload_of
-from optimum_comp.sources import ResidentModel, empty_model
+from optimum_comp.sweep.memory import MemoryPlan, Workload, disk_bytes, good_batch_size, predict, workload_of
+from optimum_comp.sweep.ranks import Ranks
 from optimum_comp.utils import file_bytes, format_bytes, parameter_count
 
 

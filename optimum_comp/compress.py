@@ -15,6 +15,7 @@ from torch import Tensor
 from optimum_comp.atomic import COMPRESSION_SUMMARY, atomic_folder, check_folder, check_model
 from optimum_comp.bundle import BundleReport, write_bundle
 from optimum_comp.calibration import PYDOC, SELF, CalibrationSource, prepare_calibration, read_text
+from optimum_comp.checkpoint.opening import trusted
 from optimum_comp.configuration import CompConfig
 from optimum_comp.evaluation import Evaluation, Settings, evaluate_apart, is_onnx_folder
 from optimum_comp.onnx.export import export_onnx
@@ -22,7 +23,6 @@ from optimum_comp.onnx.quantization import QuantizationReport, quantize_onnx
 from optimum_comp.onnx.recipes import BUDGET, find_recipe, find_target
 from optimum_comp.onnx.runtime import require_onnxruntime
 from optimum_comp.onnx.search import Budget, search
-from optimum_comp.opening import trusted
 from optimum_comp.pruner import CompPruner
 from optimum_comp.report.table import evaluation_table
 from optimum_comp.utils import format_bytes, get_logger

@@ -24,11 +24,11 @@ from tqdm.auto import tqdm
 
 from optimum_comp.atomic import check_model
 from optimum_comp.calibration import PYDOC, read_text, tokenize
+from optimum_comp.checkpoint.opening import trusted
 from optimum_comp.checkpoint.reader import resolve_folder
+from optimum_comp.checkpoint.source import empty_model
 from optimum_comp.core.layer_scores import next_token_loss
 from optimum_comp.onnx.folders import GRAPH_FILES
-from optimum_comp.opening import trusted
-from optimum_comp.sources import empty_model
 from optimum_comp.utils import file_bytes, lookup_arguments, parameter_count, peak_memory_bytes, progress_disabled
 
 

@@ -14,20 +14,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from optimum_comp.activations import LayerRunner
 from optimum_comp.atomic import JOURNAL, atomic_folder, check_folder, check_model
 from optimum_comp.calibration import SELF, Calibration, CalibrationSource, prepare_calibration, source_name
+from optimum_comp.checkpoint.opening import find_device, open_source
 from optimum_comp.checkpoint.parts import join_parts
 from optimum_comp.checkpoint.reader import weight_files
+from optimum_comp.checkpoint.source import ModelSource, ResidentModel, StreamedModel, find_matmul_dtype, part_name
 from optimum_comp.checkpoint.tokenizer import has_tokenizer
 from optimum_comp.checkpoint.writer import fill_folder, upload
 from optimum_comp.configuration import CompConfig
 from optimum_comp.core.allocation import Allocation, Shape, allocate
-from optimum_comp.distributed import Ranks
-from optimum_comp.engine import Pruned, PruningRun
 from optimum_comp.families import apply_to_config, family_of, renumber
-from optimum_comp.journal import Journal, is_complete
-from optimum_comp.memory import (
+from optimum_comp.report.run import CompReport, library_versions
+from optimum_comp.sweep.journal import Journal, is_complete
+from optimum_comp.sweep.memory import (
     MemoryPlan,
     Workload,
     check_disk,
@@ -38,9 +38,9 @@ from optimum_comp.memory import (
     plan_memory,
     workload_of,
 )
-from optimum_comp.opening import find_device, open_source
-from optimum_comp.report.run import CompReport, library_versions
-from optimum_comp.sources import ModelSource, ResidentModel, StreamedModel, find_matmul_dtype, part_name
+from optimum_comp.sweep.pruning import Pruned, PruningRun
+from optimum_comp.sweep.ranks import Ranks
+from optimum_comp.sweep.runner import LayerRunner
 from optimum_comp.utils import format_bytes, get_logger, lookup_arguments, parameter_count, peak_memory_bytes
 
 

@@ -14,8 +14,8 @@ from conftest import CLI, run, tiny_blocks, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_comp.calibration import read_text, tokenize
-from optimum_comp.distributed import Ranks
 from optimum_comp.evaluation import perplexity
+from optimum_comp.sweep.ranks import Ranks
 
 
 BIN = Path(sys.executable).parent
@@ -69,7 +69,7 @@ def test_what_two_began_two_go_on_with(given, tmp_path):
     # The second layer's part can't be written: its name is taken by a folder.
     crash = (
         "import sys, os\n"
-        "from optimum_comp.engine import PruningRun\n"
+        "from optimum_comp.sweep.pruning import PruningRun\n"
         "original, calls = PruningRun._record, []\n"
         "def record(self, *args):\n"
         "    if len(calls) == 2: os.kill(os.getpid(), 9)\n"

@@ -21,10 +21,10 @@ from conftest import CLI, run, run_until, tiny_blocks, tiny_model, tiny_tokenize
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from optimum_comp import CompConfig, CompPruner
-from optimum_comp.engine import PruningRun
+from optimum_comp.checkpoint.source import _multiplies_bfloat16
 from optimum_comp.evaluation import Settings, evaluate, load_model
-from optimum_comp.journal import Journal
-from optimum_comp.sources import _multiplies_bfloat16
+from optimum_comp.sweep.journal import Journal
+from optimum_comp.sweep.pruning import PruningRun
 
 
 FIELDS = {"sparsity": 0.35, "num_samples": 8, "sequence_length": 32, "round_to": 8, "layer_fraction": 0.8}
@@ -150,7 +150,9 @@ def interrupted(tiny_folder, output, monkeypatch, error=Stop) -> None:
 def test_going_on_takes_what_is_not_given_from_the_journal(tiny_folder, tmp_path, undisturbed, monkeypatch):
     interrupted(tiny_folder, tmp_path / "out", monkeypatch)
     # On a processor of another kind.
-    monkeypatch.setattr("optimum_comp.sources._multiplies_bfloat16", lambda device: not _multiplies_bfloat16(device))
+    monkeypatch.setattr(
+        "optimum_comp.checkpoint.source._multiplies_bfloat16", lambda device: not _multiplies_bfloat16(device)
+    )
     CompPruner.from_pretrained(tiny_folder).prune(output=tmp_path / "out", resume=True)
     assert digest(tmp_path / "out") == undisturbed
     # Complete, it is left as it is.
@@ -175,7 +177,9 @@ def test_stopped_before_the_first_entry(step, tiny_folder, tmp_path, undisturbed
         raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(*(("optimum_comp.journal.durably",) if step == "durably" else (Journal, "begin")), stopping)
+        patch.setattr(
+            *(("optimum_comp.sweep.journal.durably",) if step == "durably" else (Journal, "begin")), stopping
+        )
         with pytest.raises(Stop):
             prune(tiny_folder, tmp_path / "out")
     assert list((tmp_path / "out").iterdir())

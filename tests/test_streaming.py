@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from optimum_comp import CompConfig, CompPruner
+from optimum_comp.checkpoint.opening import find_device
 from optimum_comp.checkpoint.parts import join_parts, write_part
+from optimum_comp.checkpoint.source import find_matmul_dtype
 from optimum_comp.evaluation import load_model
-from optimum_comp.memory import parse_bytes, plan_memory, workload_of
-from optimum_comp.opening import find_device
-from optimum_comp.sources import find_matmul_dtype
-from optimum_comp.states import ActivationStore
+from optimum_comp.sweep.memory import parse_bytes, plan_memory, workload_of
+from optimum_comp.sweep.states import ActivationStore
 
 
 CONFIG = {"sparsity": 0.3, "num_samples": 8, "sequence_length": 32, "round_to": 8}
@@ -71,7 +71,7 @@ def test_files_in_place_of_memory_change_nothing(name, tmp_path):
         config = CompConfig(**CONFIG, layer_fraction=0.5)
         with pytest.MonkeyPatch.context() as patch:
             if spills:
-                patch.setattr("optimum_comp.memory._cuts", lambda work, size: [(size, (True, True))])
+                patch.setattr("optimum_comp.sweep.memory._cuts", lambda work, size: [(size, (True, True))])
             pruner.prune(config, tiny_blocks(8, 32), output=output)
         outputs.append(output)
     names = sorted(path.name for path in outputs[0].iterdir())

@@ -46,10 +46,10 @@ class PruneCommand(CompSubcommand):
     def execute(self) -> None:
         """Check everything that can be checked, then prune."""
         from optimum_comp.atomic import check_folder
-        from optimum_comp.distributed import is_first_process
-        from optimum_comp.journal import Journal, is_complete
         from optimum_comp.pruner import CompPruner
         from optimum_comp.report.run import CompReport
+        from optimum_comp.sweep.journal import Journal, is_complete
+        from optimum_comp.sweep.ranks import is_first_process
 
         args = self.args
         unfinished = Journal.find(args.output) if args.resume else None
@@ -91,6 +91,6 @@ class PruneCommand(CompSubcommand):
 
 def _what_remains(output: Path) -> Any:
     from optimum_comp.atomic import JOURNAL
-    from optimum_comp.journal import Journal
+    from optimum_comp.sweep.journal import Journal
 
     return Journal.read(output).hint() if (output / JOURNAL).is_file() else ""

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from optimum_comp.activations import LayerRunner
+from optimum_comp.checkpoint.source import ModelSource
 from optimum_comp.core.layer_scores import CosineDistance, next_token_loss
-from optimum_comp.distributed import Ranks
-from optimum_comp.sources import ModelSource
-from optimum_comp.states import ActivationStore, rows_of
+from optimum_comp.sweep.ranks import Ranks
+from optimum_comp.sweep.runner import LayerRunner
+from optimum_comp.sweep.states import ActivationStore, rows_of
 from optimum_comp.utils import progress_disabled
 
 

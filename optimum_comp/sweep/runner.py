@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optimum_comp.sources import ModelSource
-from optimum_comp.states import ActivationStore, rows_of
+from optimum_comp.checkpoint.source import ModelSource
+from optimum_comp.sweep.states import ActivationStore, rows_of
 
 
 class _StopForward(Exception):  # noqa: N818 - control flow, never an error that a user sees

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from optimum_comp.checkpoint.parts import write_part
 from optimum_comp.checkpoint.reader import Checkpoint
-from optimum_comp.equalize import Factors, multiplied
 from optimum_comp.families import FamilySpec, apply_to_layer
+from optimum_comp.sweep.folding import Factors, multiplied
 from optimum_comp.utils import get_logger
 
 

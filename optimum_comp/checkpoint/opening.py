@@ -10,8 +10,8 @@ import torch
 
 from optimum_comp.atomic import check_model
 from optimum_comp.checkpoint.reader import Checkpoint, require_safetensors, resolve_folder, weight_files
+from optimum_comp.checkpoint.source import ModelSource, ResidentModel, StreamedModel, empty_model
 from optimum_comp.families import FamilySpec, family_of
-from optimum_comp.sources import ModelSource, ResidentModel, StreamedModel, empty_model
 from optimum_comp.utils import get_logger
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import psutil
 import torch
 
+from optimum_comp.checkpoint.source import ModelSource
 from optimum_comp.configuration import CompConfig
-from optimum_comp.distributed import Ranks
-from optimum_comp.layer_scoring import LOSS_SAMPLES
-from optimum_comp.sources import ModelSource
+from optimum_comp.sweep.ranks import Ranks
+from optimum_comp.sweep.scoring import LOSS_SAMPLES
 from optimum_comp.utils import format_bytes, parameter_count
 
 

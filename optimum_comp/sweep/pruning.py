@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from optimum_comp.activations import LayerRunner, Tap, replaced
 from optimum_comp.atomic import durably
 from optimum_comp.configuration import CompConfig
 from optimum_comp.core.equalization import find_scales
@@ -24,14 +23,15 @@ from optimum_comp.core.gram import GramAccumulator, add_cross_moment
 from optimum_comp.core.layer_scores import least_important
 from optimum_comp.core.recovery import FORMS, refit
 from optimum_comp.core.selection import Reduction, reduce_channels
-from optimum_comp.distributed import Ranks
-from optimum_comp.equalize import Factors, fold_factors, holding_folds, layer_factors, unseen, watching
 from optimum_comp.families import Fold, apply_to_layer
-from optimum_comp.journal import Journal
-from optimum_comp.layer_scoring import LAYER_SCORES
-from optimum_comp.memory import MemoryPlan, solve_dtype
 from optimum_comp.report.run import LayerReport
-from optimum_comp.states import ActivationStore, rows_of
+from optimum_comp.sweep.folding import Factors, fold_factors, holding_folds, layer_factors, unseen, watching
+from optimum_comp.sweep.journal import Journal
+from optimum_comp.sweep.memory import MemoryPlan, solve_dtype
+from optimum_comp.sweep.ranks import Ranks
+from optimum_comp.sweep.runner import LayerRunner, Tap, replaced
+from optimum_comp.sweep.scoring import LAYER_SCORES
+from optimum_comp.sweep.states import ActivationStore, rows_of
 from optimum_comp.utils import keep_large_blocks_apart, progress_disabled, release_free_memory
 
 

@@ -1,0 +1,1 @@
+"""One loop over the decoder layers, and what visits them."""
