@@ -10,6 +10,7 @@ from typing import Any
 from optimum.configuration_utils import BaseConfig
 
 
+AXES = ("ffn", "kv", "heads")
 LAYER_METRICS = ("cosine", "loss")
 NEURON_METRICS = ("condition", "condition_gram", "condition_mask", "wanda", "magnitude", "random")
 RECOVERY_METHODS = ("least_squares", "mask", "none")
@@ -17,10 +18,18 @@ RECOVERY_METHODS = ("least_squares", "mask", "none")
 PRESETS: dict[str, dict[str, Any]] = {
     "comp": {"neuron_metric": "condition", "recovery": "least_squares"},
     "comp-mask": {"neuron_metric": "condition", "recovery": "mask"},
-    "fasp": {"neuron_metric": "wanda", "recovery": "least_squares", "layer_fraction": 0.0, "alignment": 0.0},
+    "fasp": {
+        "neuron_metric": "wanda",
+        "recovery": "least_squares",
+        "layer_fraction": 0.0,
+        "alignment": 0.0,
+        "axes": ["ffn", "kv"],
+        "attention_fraction": 0.25,
+    },
 }
 """`comp` (the default): condition metric, iterative removal, least squares. `comp-mask`: the form of the metric that
-matches mask tuning, and mask tuning, the paper's own recovery. `fasp`: arXiv 2501.09412."""
+matches mask tuning, and mask tuning, the paper's own recovery. `fasp`: arXiv 2501.09412, which prunes attention by
+values; here as far as whole key-value groups allow."""
 
 # Keys that Optimum and transformers write into every saved configuration.
 _BOOKKEEPING = {"transformers_version", "optimum_version", "model_type", "_commit_hash", "_name_or_path"}
@@ -35,6 +44,12 @@ class CompConfig(BaseConfig):
             count. Widths are rounded so that at least this share goes.
         layer_fraction (`float`, defaults to 0.0):
             Share of `sparsity` that whole decoder layers take, in [0, 1]; neurons take the rest.
+        attention_fraction (`float`, defaults to 0.0):
+            Share of `sparsity` that attention takes, in [0, 1], rounded down to whole key-value groups or query heads
+            of every group.
+        axes (`list[str]`, defaults to `["ffn", "kv"]`):
+            What may go inside layers: `"ffn"` (neurons), `"kv"` (key-value groups with their query heads), `"heads"`
+            (query heads within groups).
         layer_metric (`str`, defaults to `"cosine"`):
             Importance of a whole layer: `"cosine"` (1 − cosine similarity of its input and output hidden states) or
             `"loss"` (next-token loss of the calibration text with the layer skipped; slower).
@@ -44,8 +59,8 @@ class CompConfig(BaseConfig):
             Re-fit the dense layer before a removed run of layers so that the hidden states land where the run would
             have left them (after ReplaceMe, arXiv 2505.02819).
         neuron_metric (`str`, defaults to `"condition"`):
-            Importance of a neuron: `"condition"` (the matrix-condition metric in the form that matches `recovery`),
-            `"condition_gram"`, `"condition_mask"`, `"wanda"`, `"magnitude"` or `"random"`.
+            Importance of a neuron, group or head: `"condition"` (the matrix-condition metric in the form that matches
+            `recovery`), `"condition_gram"`, `"condition_mask"`, `"wanda"`, `"magnitude"` or `"random"`.
         elimination_block (`int`, defaults to 32):
             Neurons removed between two evaluations of a matrix-condition metric, ≥ 0; 0 ranks only once.
         recovery (`str`, defaults to `"least_squares"`):
@@ -81,6 +96,8 @@ class CompConfig(BaseConfig):
         self,
         sparsity: float = 0.2,
         layer_fraction: float = 0.0,
+        attention_fraction: float = 0.0,
+        axes: list[str] | tuple[str, ...] = ("ffn", "kv"),
         layer_metric: str = "cosine",
         protected_layers: list[int] | tuple[int, ...] = (0, -1),
         bridge: bool = True,
@@ -98,6 +115,14 @@ class CompConfig(BaseConfig):
     ):
         self.sparsity = _real("sparsity", sparsity, 0.0, 1.0, "(0, 1)")
         self.layer_fraction = _real("layer_fraction", layer_fraction, 0.0, 1.0, "[0, 1]")
+        self.attention_fraction = _real("attention_fraction", attention_fraction, 0.0, 1.0, "[0, 1]")
+        self.axes = _axes("axes", axes)
+        if self.layer_fraction + self.attention_fraction > 1 + 1e-9:
+            raise _refuse(
+                "attention_fraction", attention_fraction, f"at most 1 - layer_fraction = {1 - self.layer_fraction:g}"
+            )
+        if self.attention_fraction and self.axes == ["ffn"]:
+            raise _refuse("attention_fraction", attention_fraction, "0 where axes holds neither kv nor heads")
         self.layer_metric = _choice("layer_metric", layer_metric, LAYER_METRICS)
         self.protected_layers = _layers("protected_layers", protected_layers)
         self.bridge = _boolean("bridge", bridge)
@@ -205,6 +230,15 @@ def _choice(field: str, value: Any, choices: tuple[str, ...]) -> str:
     if not isinstance(value, str) or value not in choices:
         raise _refuse(field, value, f"one of {', '.join(choices)}")
     return value
+
+
+def _axes(field: str, value: Any) -> list[str]:
+    allowed = f"a list of some of {', '.join(AXES)}, each once"
+    if not isinstance(value, (list, tuple)) or not value or len(set(map(str, value))) != len(value):
+        raise _refuse(field, value, allowed)
+    if not all(axis in AXES for axis in value):
+        raise _refuse(field, value, allowed)
+    return [axis for axis in AXES if axis in value]
 
 
 def _layers(field: str, value: Any) -> list[int]:

@@ -23,8 +23,10 @@ from optimum_comp.checkpoint.source import ModelSource, ResidentModel, StreamedM
 from optimum_comp.checkpoint.tokenizer import has_tokenizer
 from optimum_comp.checkpoint.writer import fill_folder, upload
 from optimum_comp.configuration import CompConfig
-from optimum_comp.core.allocation import Allocation, Shape, allocate
-from optimum_comp.families import apply_to_config, family_of, renumber
+from optimum_comp.core.allocation import Allocation, allocate
+from optimum_comp.families import FFN, HEADS, KV, LAYERS, family_of, renumber
+from optimum_comp.families.check import check_plan, check_result, shape_of, units_after
+from optimum_comp.families.cutting import apply_to_config
 from optimum_comp.report.run import CompReport, library_versions
 from optimum_comp.sweep.journal import Journal, is_complete
 from optimum_comp.sweep.memory import (
@@ -74,6 +76,7 @@ class CompPruner:
         self._name_arguments = name_arguments
         self._interrupted = False
         self._ranks = Ranks(source.device)
+        self._counts = source.family.counts(source.model.config, source.layers[0])
         self._folder: Path | None = None
         self._loaded: Any = None
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
@@ -139,6 +142,10 @@ class CompPruner:
         return self._loaded
 
     @property
+    def _trusts_code(self) -> bool:
+        return bool(self._name_arguments.get("trust_remote_code", False))
+
+    @property
     def _local(self) -> Path | None:
         """The dense model's folder, if it is the user's own."""
         return Path(self._name) if self._name is not None and Path(self._name).is_dir() else None
@@ -151,24 +158,25 @@ class CompPruner:
     @property
     def layers(self) -> nn.ModuleList:
         """The model's decoder layers."""
-        return self._source.spec.get_layers(self.model)
+        return self._source.family.get_layers(self.model)
 
     def plan(self, config: CompConfig) -> Allocation:
         """What `prune` would remove, without doing any work.
 
         Raises:
-            ValueError: the requested sparsity can't be reached, or a protected layer doesn't exist.
+            ValueError: the requested sparsity can't be reached, a protected layer doesn't exist, or the family can't
+                be pruned along an axis that is needed.
         """
-        layers, spec = self._source.layers, self._source.spec
-        layer = layers[0]
-        shape = Shape(
-            num_layers=len(layers),
-            layer_parameters=parameter_count(layer),
-            width=spec.get_consumer(layer).weight.shape[1],
-            neuron_parameters=spec.neuron_parameters(layer),
+        source = self._source
+        shape = shape_of(source, config)
+        removable = shape.num_layers - len(config.protected(shape.num_layers))
+        found = allocate(
+            shape, config.sparsity, config.layer_fraction, config.round_to, removable, config.attention_fraction
         )
-        removable = len(layers) - len(config.protected(len(layers)))
-        return allocate(shape, config.sparsity, config.layer_fraction, config.round_to, removable)
+        reason = source.family.refusal(LAYERS, source.model.config) if found.layers else None
+        if reason is not None:
+            raise ValueError(f"layers of {source.family.model_type} can't be removed: {reason}; set layer_fraction=0.")
+        return found
 
     @torch.no_grad()
     def prune(
@@ -246,7 +254,8 @@ class CompPruner:
         config = CompConfig() if config is None else CompConfig(**config.fields())
         allocation = self.plan(config)
         self._ranks.require(config.num_samples)
-        work = workload_of(self._source, config, allocation.layers, self._ranks)
+        check_plan(self._source, allocation)
+        work = workload_of(self._source, config, allocation, self._ranks)
         batch_size = batch_size or good_batch_size(config.sequence_length, self._source.device)
         # Said now if it can't fit, and once more with what libraries take that are loaded by then.
         plan_memory(work, batch_size, limit)
@@ -274,7 +283,7 @@ class CompPruner:
             runner = LayerRunner(self._source, samples.tokens[:1].to(self._source.device), products)
             self._announce(config, allocation, work, plan, runner.seconds_per_layer, disk, journal)
             run = PruningRun(
-                runner, config, allocation.width, removable, samples.tokens, plan, self._ranks, place, journal
+                runner, config, allocation.units, removable, samples.tokens, plan, self._ranks, place, journal
             )
             pruned = run.run()
             with run.clock("write"):
@@ -414,8 +423,9 @@ class CompPruner:
         if journal is not None and journal.finished:
             logger.info("Going on after %d finished layers.", journal.finished)
         logger.info(
-            f"COMP: {work.layers} layers of {work.width} neurons -> {work.layers - allocation.layers} of "
-            f"{allocation.width} (sparsity {allocation.sparsity:.4f}, {config.sparsity:g} asked). "
+            f"COMP: {work.layers} layers of {_sizes(self._counts)} -> {work.layers - allocation.layers} of "
+            f"{_sizes({**self._counts, **units_after(self._counts, allocation.units)})} (sparsity "
+            f"{allocation.sparsity:.4f}, {config.sparsity:g} asked). "
             f"{config.num_samples * config.sequence_length:,} calibration tokens; expected: "
             f"{format_bytes(plan.peak_bytes)} of memory at the peak, {format_bytes(disk)} on disk, "
             f"{least:.0f} to {most:.0f} s."
@@ -431,8 +441,10 @@ class CompPruner:
             layers = source.layers
             for index in sorted(pruned.removed, reverse=True):
                 del layers[index]
-            renumber(source.spec, layers)
-        apply_to_config(source.spec, source.model.config, [layer.index for layer in pruned.layers], allocation.width)
+            renumber(source.family, layers)
+        config = source.model.config
+        kept = [layer.index for layer in pruned.layers]
+        apply_to_config(source.family, config, kept, self._counts, units_after(self._counts, allocation.units))
 
     def _report(
         self,
@@ -447,14 +459,17 @@ class CompPruner:
         return CompReport(
             # A local path says nothing to others and may say too much.
             source=self._name if self._local is None else self._local.name,
-            model_type=self._source.spec.model_type,
+            model_type=self._source.family.model_type,
             requested_sparsity=config.sparsity,
             achieved_sparsity=allocation.sparsity,
             parameters_before=before,
             parameters_after=after,
             removed_layers=pruned.removed,
             layer_scores=pruned.layer_scores,
-            width=allocation.width,
+            units={
+                kind: [before, units_after(self._counts, allocation.units).get(kind, before)]
+                for kind, before in self._counts.items()
+            },
             layers=pruned.layers,
             calibration=samples.describe(),
             versions=library_versions(),
@@ -479,6 +494,7 @@ class CompPruner:
                 shutil.rmtree(made, ignore_errors=True)
                 made.mkdir()
                 self._fill(made, parts, max_shard_size)
+                check_result(made, trust_remote_code=self._trusts_code)
                 if journal is not None:
                     journal.publish()
                 else:
@@ -517,6 +533,7 @@ class CompPruner:
         if self._ranks.is_first:
             with atomic_folder(folder, overwrite=overwrite, sources=self._sources) as partial:
                 self._fill(partial, weight_files(self._folder) if self._folder is not None else [], max_shard_size)
+                check_result(partial, trust_remote_code=self._trusts_code)
         self._ranks.wait()
 
     def save_pretrained(
@@ -570,6 +587,11 @@ class CompPruner:
             state = "was interrupted; load the model again" if self._interrupted else "has not been called"
             raise RuntimeError(f"there is no pruned model to save: prune() {state}.")
         return self.report, self.config
+
+
+def _sizes(counts: dict[str, int]) -> str:
+    heads = f", {counts[HEADS]} heads, {counts[KV]} key-value heads" if HEADS in counts else ""
+    return f"{counts[FFN]} neurons{heads}"
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

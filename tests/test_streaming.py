@@ -335,7 +335,7 @@ def test_other_sizes_are_refused(text):
 def test_a_limit_is_kept_by_smaller_batches_then_files_or_refused_with_the_least(tiny_folder, tmp_path):
     pruner = CompPruner.from_pretrained(tiny_folder)
     config = CompConfig(**{**CONFIG, "num_samples": 4000, "sequence_length": 512})
-    work = workload_of(pruner._source, config, 0, pruner._ranks)
+    work = workload_of(pruner._source, config, pruner.plan(config), pruner._ranks)
     free = plan_memory(work, 64, None)
     assert (free.batch_size, free.spill_inputs, free.spill_states) == (64, False, False)
     limits = [

@@ -11,7 +11,7 @@ import torch
 from optimum_comp.atomic import check_model
 from optimum_comp.checkpoint.reader import Checkpoint, require_safetensors, resolve_folder, weight_files
 from optimum_comp.checkpoint.source import ModelSource, ResidentModel, StreamedModel, empty_model
-from optimum_comp.families import FamilySpec, family_of
+from optimum_comp.families import Family, family_of
 from optimum_comp.utils import get_logger
 
 
@@ -41,7 +41,7 @@ def open_source(
     from transformers import AutoModelForCausalLM
 
     # By the config alone, before gigabytes of weights are downloaded or read.
-    spec = family_of(config)
+    family = family_of(config)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{name} is quantized already; give the checkpoint that it was made from.")
     trusts_pickle = kwargs.get("use_safetensors") is False
@@ -50,7 +50,7 @@ def open_source(
     if folder is not None and not (trusts_pickle and not weight_files(folder)):
         require_safetensors(name, folder)
         if not beyond:
-            return _streamed(folder, config, spec, device, kwargs)
+            return _streamed(folder, config, family, device, kwargs)
     if beyond:
         logger.info("The whole model is loaded into memory (because of %s).", ", ".join(beyond))
     arguments = dict(kwargs)
@@ -58,7 +58,7 @@ def open_source(
         # What is half precision on disk stays it.
         arguments.setdefault("dtype", "auto")
         arguments["use_safetensors"] = not trusts_pickle or None
-    return ResidentModel(AutoModelForCausalLM.from_pretrained(name, **arguments).to(device).eval(), spec)
+    return ResidentModel(AutoModelForCausalLM.from_pretrained(name, **arguments).to(device).eval(), family)
 
 
 def trusted(name: str | Path, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def trusted(name: str | Path, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _streamed(
-    folder: Path, config: Any, spec: FamilySpec, device: torch.device, kwargs: dict[str, Any]
+    folder: Path, config: Any, family: Family, device: torch.device, kwargs: dict[str, Any]
 ) -> StreamedModel:
     from transformers import GenerationConfig
 
@@ -93,7 +93,7 @@ def _streamed(
     skeleton.config.architectures = [type(skeleton).__name__]
     if (folder / "generation_config.json").is_file():
         skeleton.generation_config = GenerationConfig.from_pretrained(folder)
-    return StreamedModel(skeleton, spec, checkpoint, device, asked)
+    return StreamedModel(skeleton, family, checkpoint, device, asked)
 
 
 def _dtype(given: Any) -> torch.dtype | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 from optimum_comp.checkpoint.parts import write_part
 from optimum_comp.checkpoint.reader import Checkpoint
-from optimum_comp.families import FamilySpec, apply_to_layer
+from optimum_comp.families import Family
+from optimum_comp.families.cutting import Cut, cut_layer, cut_parameter
 from optimum_comp.sweep.folding import Factors, multiplied
 from optimum_comp.utils import get_logger
 
@@ -28,7 +30,7 @@ class ModelSource(ABC):
 
     Attributes:
         model: the model; its weights may be on the meta device.
-        spec: its family.
+        family: its family.
         device: where layers are run.
         compute_dtype: in which they are run.
         state_dtype: in which hidden states are kept between layers.
@@ -42,13 +44,13 @@ class ModelSource(ABC):
     state_dtype: torch.dtype
     is_resident: bool
 
-    def __init__(self, spec: FamilySpec):
-        self.spec = spec
+    def __init__(self, family: Family):
+        self.family = family
 
     @property
     def layers(self) -> nn.ModuleList:
         """The dense model's decoder layers."""
-        return self.spec.get_layers(self.model)
+        return self.family.get_layers(self.model)
 
     @abstractmethod
     def outside(self, *, head: bool = False) -> contextlib.AbstractContextManager[None]:
@@ -59,14 +61,13 @@ class ModelSource(ABC):
         """A decoder layer of the dense model, at hand meanwhile."""
 
     @abstractmethod
-    def commit(self, index: int, place: int, kept: Tensor, weight: Tensor, factors: Factors) -> None:
+    def commit(self, index: int, place: int, cuts: Sequence[Cut], factors: Factors) -> None:
         """Take a layer's pruned form.
 
         Args:
             index: the layer's place in the dense model.
             place: its place in the pruned one.
-            kept: neurons that stay, ascending, `[k]`.
-            weight: repaired weight of the consumer, `[d_out, k]`.
+            cuts: what goes from it, in the order in which it was found.
             factors: what the pruned layer's parameters are multiplied by.
         """
 
@@ -91,15 +92,15 @@ class ResidentModel(ModelSource):
 
     Args:
         model: a causal language model in evaluation mode.
-        spec: its family.
+        family: its family.
     """
 
     is_resident = True
 
-    def __init__(self, model: Any, spec: FamilySpec):
-        super().__init__(spec)
+    def __init__(self, model: Any, family: Family):
+        super().__init__(family)
         self.model = model
-        weight = spec.get_consumer(self.layers[0]).weight
+        weight = next(self.layers[0].parameters())
         self.device, self.state_dtype = weight.device, weight.dtype
         self.compute_dtype = compute_dtype(weight.dtype, weight.device)
 
@@ -115,9 +116,9 @@ class ResidentModel(ModelSource):
         with _in_dtype(list(layer.parameters()), self.compute_dtype):
             yield layer
 
-    def commit(self, index: int, place: int, kept: Tensor, weight: Tensor, factors: Factors) -> None:
+    def commit(self, index: int, place: int, cuts: Sequence[Cut], factors: Factors) -> None:
         layer = self.layers[index]
-        apply_to_layer(self.spec, layer, kept, weight)
+        cut_layer(self.family, self.model.config, layer, cuts)
         for name, given in factors.items():
             parameter = layer.get_parameter(name)
             parameter.data = multiplied(parameter.data, given)
@@ -139,7 +140,7 @@ class StreamedModel(ModelSource):
 
     Args:
         skeleton: the model without weights (see `empty_model`).
-        spec: its family.
+        family: its family.
         checkpoint: its weights.
         device: where layers are run.
         store_dtype: of the pruned weights; each keeps its own if `None`.
@@ -156,12 +157,12 @@ class StreamedModel(ModelSource):
     def __init__(
         self,
         skeleton: Any,
-        spec: FamilySpec,
+        family: Family,
         checkpoint: Checkpoint,
         device: torch.device,
         store_dtype: torch.dtype | None = None,
     ):
-        super().__init__(spec)
+        super().__init__(family)
         self.store_dtype = store_dtype
         self.model = skeleton
         self.device = device
@@ -169,11 +170,11 @@ class StreamedModel(ModelSource):
         self.compute_dtype = compute_dtype(skeleton.dtype, device)
         self.checkpoint = checkpoint
         self.parts: Path | None = None
-        self.names = _stored_names(skeleton, checkpoint)
+        self.names = stored_names(skeleton, checkpoint)
 
     def outside_names(self) -> list[str]:
         """Names of the weights that aren't in a decoder layer, as the model has them."""
-        prefix = f"{self.spec.layers}."
+        prefix = f"{self.family.layers}."
         return [name for name in self.names if not name.startswith(prefix)]
 
     @contextlib.contextmanager
@@ -195,7 +196,7 @@ class StreamedModel(ModelSource):
     def layer(self, index: int) -> Iterator[nn.Module]:
         layer = self.layers[index]
         names = [name for name, _ in layer.named_parameters()]
-        with self._at_hand(layer, f"{self.spec.layers}.{index}.", names):
+        with self._at_hand(layer, f"{self.family.layers}.{index}.", names):
             yield layer
 
     @contextlib.contextmanager
@@ -211,19 +212,13 @@ class StreamedModel(ModelSource):
             for name in names:
                 set_module_tensor_to_device(module, name, "meta")
 
-    def commit(self, index: int, place: int, kept: Tensor, weight: Tensor, factors: Factors) -> None:
+    def commit(self, index: int, place: int, cuts: Sequence[Cut], factors: Factors) -> None:
         assert self.parts is not None
-        spec, kept = self.spec, kept.cpu()
-        sliced = {f"{path}.{kind}" for path in spec.producers for kind in ("weight", "bias")}
+        layer, prefix = self.layers[index], self.family.layers
         tensors: dict[str, Tensor] = {}
-        for name, _ in self.layers[index].named_parameters():
-            value = self.read(f"{spec.layers}.{index}.{name}")
-            if name in sliced:
-                value = value[kept]
-            elif name == f"{spec.consumer}.weight":
-                value = weight.to(value)
-            value = multiplied(value, factors.get(name, []))
-            tensors[f"{spec.layers}.{place}.{name}"] = value.contiguous()
+        for name, _ in layer.named_parameters():
+            value = cut_parameter(self.family, layer, name, self.read(f"{prefix}.{index}.{name}"), cuts)
+            tensors[f"{prefix}.{place}.{name}"] = multiplied(value, factors.get(name, [])).contiguous()
         write_part(tensors, self.parts / part_name(place))
 
     def write_outside(self) -> list[Path]:
@@ -296,19 +291,31 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
     return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
-def empty_model(config: Any, dtype: torch.dtype, **arguments: Any) -> Any:
-    """The model that a config describes, on the meta device; buffers that its code computes are real."""
+def empty_model(config: Any, dtype: torch.dtype, *, kind: Any = None, **arguments: Any) -> Any:
+    """The model that a config describes, on the meta device; buffers that its code computes are real.
+
+    Args:
+        config: the config.
+        dtype: of its weights.
+        kind: class of the model; the one that the config names, if `None`.
+        arguments: as for `AutoModelForCausalLM.from_config`.
+    """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **arguments)
+        build = functools.partial(AutoModelForCausalLM.from_config, dtype=dtype, **arguments) if kind is None else kind
+        model = build(config)
     model.tie_weights()
     return model.eval()
 
 
-def _stored_names(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
-    """For each weight of the model (tied ones once), the name that the checkpoint's files give it."""
+def stored_names(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
+    """For each weight of the model (tied ones once), the name that the checkpoint's files give it.
+
+    Raises:
+        ValueError: a weight is missing or has another shape than the model's; names file and tensor.
+    """
     shared: dict[int, list[str]] = {}
     shapes: dict[int, tuple[int, ...]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -332,7 +339,9 @@ def _stored_names(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
     known = {name for aliases in shared.values() for name in aliases}
     unknown = sorted(set(checkpoint.tensors) - known - {name.removeprefix(prefix) for name in known})
     # Buffers that old versions of transformers stored; today's compute them.
-    unknown = [name for name in unknown if not name.endswith((".inv_freq", ".masked_bias", ".attn.bias"))]
+    unknown = [
+        name for name in unknown if not name.endswith((".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias"))
+    ]
     if unknown:
         logger.warning("%d weights are not the model's and are left out: %s ...", len(unknown), ", ".join(unknown[:3]))
     return names

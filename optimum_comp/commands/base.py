@@ -89,6 +89,14 @@ def add_config_arguments(parser: ArgumentParser) -> None:
     group.add_argument("--alignment", type=float, help="How far repairs lean on the dense model [0.5].")
     group.add_argument("--ridge", type=float, help="Regularisation of the solves, relative [0.001].")
     group.add_argument("--layer-fraction", type=float, help="Share of the sparsity that whole layers take [0].")
+    group.add_argument(
+        "--axes",
+        type=_names,
+        metavar="AXIS,AXIS",
+        help="What may go inside layers: ffn (neurons), kv (key-value groups with their\n"
+        "query heads), heads (query heads within groups) [ffn,kv].",
+    )
+    group.add_argument("--attention-fraction", type=float, help="Share of the sparsity that attention takes [0].")
     group.add_argument("--layer-metric", help="cosine or loss.")
     group.add_argument(
         "--protected-layers", type=_layer_numbers, metavar="N,N", help="Layers that are never removed [0,-1]."
@@ -193,6 +201,10 @@ def _share(text: str) -> float:
 
 def _layer_numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",") if number.strip()]
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _configure_logging(quiet: bool) -> None:

@@ -55,7 +55,7 @@ class Elimination(NamedTuple):
 
     Attributes:
         kept: indices of the channels that stay, ascending, `[keep]`.
-        scores: every channel's `importance` before anything was removed, `[d]`.
+        scores: the `importance` of every channel, or unit, before anything was removed, `[d]`.
         target: the optimum on the kept channels, `[rows, keep]`: what `solve` would return.
         cost: squared error that the removal adds, `min_T' Σ_rows (T* − T')ᵀ Q (T* − T')`.
     """
@@ -180,13 +180,55 @@ def solve(problem: Problem, kept: Tensor) -> Tensor:
     return torch.cholesky_solve(wanted.T, factor).T
 
 
+class _Shrinking:
+    """A problem from which channels go, scaled to a unit diagonal.
+
+    After block `B` has gone, `T_q −= T_B ([Q⁻¹]_BB)⁻¹ [Q⁻¹]_Bq` is the re-fitted optimum and the Schur complement
+    `[Q⁻¹]_qq − [Q⁻¹]_qB ([Q⁻¹]_BB)⁻¹ [Q⁻¹]_Bq` the inverse of the remaining `Q`.
+    """
+
+    def __init__(self, problem: Problem, *, overwrite: bool):
+        self._scale = problem.matrix.diagonal().rsqrt()
+        matrix = problem.matrix if overwrite else problem.matrix.clone()
+        self.inverse = inverse(matrix.mul_(self._scale[:, None]).mul_(self._scale), overwrite=True)
+        self.target = problem.target / self._scale
+        if problem.pull is not None:
+            self.target.addmm_(problem.pull * self._scale, self.inverse)
+        self.gone = torch.zeros(problem.matrix.shape[0], dtype=torch.bool, device=self.inverse.device)
+        self._cost = 0.0
+
+    def importance(self) -> Tensor:
+        """Of each channel, `[d]`."""
+        # In exact arithmetic the diagonal of the inverse of a matrix with a unit diagonal is at least 1.
+        return self.target.square().sum(0) / self.inverse.diagonal().clamp_min(1)
+
+    def unit_importance(self, channels: Tensor) -> Tensor:
+        """Of units that haven't gone, with channels `[units, width]`: `tr(T_P ([Q⁻¹]_PP)⁻¹ T_Pᵀ)` each, `[units]`."""
+        factors = torch.linalg.cholesky(self.inverse[channels[:, :, None], channels[:, None, :]])
+        targets = self.target.T[channels]
+        return torch.linalg.solve_triangular(factors, targets, upper=False).square().sum((1, 2))
+
+    def remove(self, block: Tensor) -> None:
+        """Have channels go together."""
+        self.gone[block] = True
+        rows, out = self.inverse[block], self.target[:, block]
+        factor = torch.linalg.cholesky(rows[:, block])
+        self._cost += float((out.T * torch.cholesky_solve(out.T, factor)).sum())
+        transfer = torch.cholesky_solve(rows, factor)
+        self.target.addmm_(out, transfer, alpha=-1)
+        self.inverse.addmm_(rows.T, transfer, alpha=-1)
+
+    def result(self, scores: Tensor) -> Elimination:
+        """What is left."""
+        kept = torch.nonzero(~self.gone).flatten()
+        return Elimination(kept, scores, self.target[:, kept] * self._scale[kept], self._cost)
+
+
 def eliminate(problem: Problem, keep: int, block_size: int, *, overwrite: bool = False) -> Elimination:
     """Remove the least important channels, a block at a time, re-evaluating the others after each block.
 
-    After block `B` has gone, `T_q −= T_B ([Q⁻¹]_BB)⁻¹ [Q⁻¹]_Bq` is the re-fitted optimum and the Schur complement
-    `[Q⁻¹]_qq − [Q⁻¹]_qB ([Q⁻¹]_BB)⁻¹ [Q⁻¹]_Bq` the inverse of the remaining `Q`. One-shot ranking
-    (`block_size ≥ d − keep`) would remove both of two duplicates; this removes one. When the last block has gone, the
-    target is the least-squares repair of what is left: nothing has to be solved for again.
+    One-shot ranking (`block_size ≥ d − keep`) would remove both of two duplicates; this removes one. When the last
+    block has gone, the target is the least-squares repair of what is left: nothing has to be solved for again.
 
     Args:
         problem: targets and matrix.
@@ -197,29 +239,45 @@ def eliminate(problem: Problem, keep: int, block_size: int, *, overwrite: bool =
     size = problem.matrix.shape[0]
     if not 1 <= keep <= size or block_size < 1:
         raise ValueError(f"keep={keep}, block_size={block_size}: need 1 <= keep <= {size} and block_size >= 1.")
-    scale = problem.matrix.diagonal().rsqrt()
-    inv = problem.matrix if overwrite else problem.matrix.clone()
-    inv = inverse(inv.mul_(scale[:, None]).mul_(scale), overwrite=True)
-    target = problem.target / scale
-    if problem.pull is not None:
-        target.addmm_(problem.pull * scale, inv)
-    gone = torch.zeros(size, dtype=torch.bool, device=inv.device)
-    first: Tensor | None = None
-    cost = 0.0
+    left = _Shrinking(problem, overwrite=overwrite)
+    first = scores = left.importance()
     for remaining in range(size, keep, -block_size):
-        # In exact arithmetic the diagonal of the inverse of a matrix with a unit diagonal is at least 1.
-        scores = target.square().sum(0) / inv.diagonal().clamp_min(1)
-        first = scores if first is None else first
+        scores = first if remaining == size else left.importance()
         count = min(block_size, remaining - keep)
-        block = torch.topk(scores.masked_fill(gone, torch.inf), count, largest=False).indices
-        gone[block] = True
-        rows, out = inv[block], target[:, block]
-        factor = torch.linalg.cholesky(rows[:, block])
-        cost += float((out.T * torch.cholesky_solve(out.T, factor)).sum())
-        transfer = torch.cholesky_solve(rows, factor)
-        target.addmm_(out, transfer, alpha=-1)
-        inv.addmm_(rows.T, transfer, alpha=-1)
-    if first is None:
-        first = target.square().sum(0) / inv.diagonal().clamp_min(1)
-    kept = torch.nonzero(~gone).flatten()
-    return Elimination(kept, first, target[:, kept] * scale[kept], cost)
+        left.remove(torch.topk(scores.masked_fill(left.gone, torch.inf), count, largest=False).indices)
+    return left.result(first)
+
+
+def eliminate_units(
+    problem: Problem, channels: Tensor, classes: Tensor, keep: int, *, overwrite: bool = False
+) -> Elimination:
+    """Remove the least important units, one at a time, re-evaluating the others after each.
+
+    Args:
+        problem: targets and matrix.
+        channels: of each unit, `[units, width]`; a channel is of one unit.
+        classes: which class each unit is of, `[units]`; from each class, units go until `keep` are left.
+        keep: how many stay of each class, ≥ 1.
+        overwrite: see `eliminate`.
+
+    Returns:
+        With the score of each unit, `[units]`, in place of each channel's.
+
+    Raises:
+        ValueError: a class has fewer units than are to stay.
+    """
+    sizes = torch.bincount(classes)
+    if keep < 1 or int(sizes.min()) < keep:
+        raise ValueError(f"keep={keep}: need 1 <= keep <= {int(sizes.min())}, the units of the smallest class.")
+    left = _Shrinking(problem, overwrite=overwrite)
+    present = torch.arange(len(channels), device=channels.device)
+    first = left.unit_importance(channels)
+    while True:
+        sizes = torch.bincount(classes[present], minlength=len(sizes))
+        removable = (sizes > keep)[classes[present]]
+        if not removable.any():
+            return left.result(first)
+        scores = left.unit_importance(channels[present]).masked_fill(~removable, torch.inf)
+        worst = int(scores.argmin())
+        left.remove(channels[present[worst]])
+        present = torch.cat([present[:worst], present[worst + 1 :]])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optimum_comp.core.quadratic import eliminate, optimum
+from optimum_comp.core.quadratic import Elimination, Problem, eliminate, eliminate_units, optimum
 from optimum_comp.core.recovery import FORMS, energy, problem_of, recover, weight_of
 
 
@@ -39,13 +39,38 @@ SCORES: dict[str, Callable[[Tensor, Tensor, torch.Generator], Tensor]] = {
 
 
 @dataclass(frozen=True)
+class Units:
+    """Channels that go together.
+
+    Attributes:
+        channels: of each unit, ascending, `[units, width]`.
+        classes: the class of each, `[units]`; as many stay of each class.
+    """
+
+    channels: Tensor
+    classes: Tensor
+
+    def to(self, device: torch.device) -> Units:
+        """The same on another device."""
+        return Units(self.channels.to(device), self.classes.to(device))
+
+    def best(self, scores: Tensor, keep: int) -> Tensor:
+        """The units with the highest scores `[units]`, `keep` of each class, ascending."""
+        found = [
+            members[torch.topk(scores[members], keep).indices]
+            for members in (torch.nonzero(self.classes == each).flatten() for each in self.classes.unique())
+        ]
+        return torch.cat(found).sort().values
+
+
+@dataclass(frozen=True)
 class Reduction:
     """A dense layer with fewer input channels.
 
     Attributes:
-        kept: indices of the channels that stay, ascending, `[keep]`.
-        weight: the repaired weight, `[d_out, keep]`.
-        scores: every channel's score before anything was removed, `[d_in]`.
+        kept: indices of the channels that stay, ascending, `[channels]`.
+        weight: the repaired weight, `[d_out, channels]`.
+        scores: the score of every channel, or unit, before anything was removed.
         error: squared error that the removal leaves in the output, summed over tokens, compared with what the repair
             aims at.
     """
@@ -69,6 +94,7 @@ def reduce_channels(
     cross: Tensor | None = None,
     own_share: float = 0.0,
     overwrite: bool = False,
+    units: Units | None = None,
 ) -> Reduction:
     """Choose the input channels that stay, and repair the dense layer; in the Gram matrix's dtype.
 
@@ -77,7 +103,7 @@ def reduce_channels(
     Args:
         weight: `[d_out, d_in]` of the consumer.
         gram: `[d_in, d_in]`, not regularised.
-        keep: how many stay.
+        keep: how many stay; of units, in each class.
         metric: a name in `SCORES` or `FORMS`.
         recovery: a name in `RECOVERIES`.
         ridge: λ of `regularize`.
@@ -86,6 +112,7 @@ def reduce_channels(
         cross: cross moment `[d_out, d_in]` of what the output is to gain with the inputs; `None` for nothing.
         own_share: how much of the layer's own outputs `cross` holds (see `share_own`).
         overwrite: the Gram matrix isn't needed any more; then no second one of its size is made where one serves.
+        units: channels that go together, one unit at a time; `None`: each goes alone.
 
     Raises:
         FloatingPointError: the Gram matrix holds NaN or infinity.
@@ -94,17 +121,27 @@ def reduce_channels(
     """
     weight = weight.to(gram.dtype)
     block_size = block_size or weight.shape[1]
+
+    def eliminated(problem: Problem) -> Elimination:
+        if units is None:
+            return eliminate(problem, keep, block_size, overwrite=True)
+        return eliminate_units(problem, units.channels, units.classes, keep, overwrite=True)
+
     if FORMS.get(metric) == recovery:
         problem = problem_of(metric, weight, gram, ridge, cross, own_share, overwrite=overwrite)
-        found = eliminate(problem, keep, block_size, overwrite=True)
+        found = eliminated(problem)
         repaired = weight_of(metric, weight[:, found.kept], found.target)
         return Reduction(found.kept, repaired, found.scores, found.cost)
     if metric in SCORES:
         scores = SCORES[metric](weight, gram, generator)
-        kept = torch.topk(scores, keep).indices.sort().values
+        if units is None:
+            kept = torch.topk(scores, keep).indices.sort().values
+        else:
+            scores = scores[units.channels].sum(1)
+            kept = units.channels[units.best(scores, keep)].flatten()
     else:
         problem = problem_of(metric, weight, gram, ridge, cross, own_share)
-        found = eliminate(problem, keep, block_size, overwrite=True)
+        found = eliminated(problem)
         kept, scores = found.kept, found.scores
     repaired = recover(recovery, weight, gram, kept, ridge, cross, own_share)
     aim = weight

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from optimum_comp.atomic import atomic_folder
 from optimum_comp.core.rounding import Blocks
-from optimum_comp.families import FamilySpec, family_of
+from optimum_comp.families import Family, family_of
 from optimum_comp.onnx.blocks import Assignment, round_weights, store_in_blocks
 from optimum_comp.onnx.calibration import second_moments
 from optimum_comp.onnx.folders import MODEL_NAME, copy_companions, graph_bytes
@@ -132,7 +132,7 @@ class Plan:
     left_in_float: Sequence[str] = ()
 
 
-def plan_of(model: Any, recipe: Recipe, family: FamilySpec, tokens: Tensor | None) -> Plan:
+def plan_of(model: Any, recipe: Recipe, family: Family, tokens: Tensor | None) -> Plan:
     """A recipe's own choice for a model.
 
     Args:
@@ -148,7 +148,7 @@ def plan_of(model: Any, recipe: Recipe, family: FamilySpec, tokens: Tensor | Non
             form = recipe.head
         elif recipe.attention is not None and any(_names(node.name, path) for path in family.attention):
             form = recipe.attention
-        if form is not None and (not recipe.consumers_only or _names(node.name, family.consumer)):
+        if form is not None and (not recipe.consumers_only or _names(node.name, family.ffn.consumer.path)):
             assignment[node.name] = form
     if recipe.rounding != "compensated" or tokens is None:
         return Plan(assignment)
@@ -198,7 +198,7 @@ def _run_ort_quantizer(
     )
 
 
-def _family(folder: Path) -> FamilySpec:
+def _family(folder: Path) -> Family:
     from transformers import AutoConfig
 
     return family_of(AutoConfig.from_pretrained(folder))

@@ -26,7 +26,7 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 | --- | --- | --- |
 | parameters | {parameters_before:,} | {parameters_after:,} |
 | decoder layers | {layers_before} | {layers_after} |
-| feed-forward width | {width_before} | {width_after} |
+{units}
 
 | | |
 | --- | --- |
@@ -38,9 +38,12 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 | calibration | {calibration} |
 | largest relative output error of a layer | {worst:.2%} |
 
-`comp_config.json` holds all settings, `comp_report.json` the kept neurons, scores and versions. Nothing was trained;
+`comp_config.json` holds all settings, `comp_report.json` what was kept, scores and versions. Nothing was trained;
 measure the result on your own text with `optimum-cli comp eval` before you rely on it.
 """
+
+
+_UNITS = {"ffn": "feed-forward width", "heads": "query heads", "kv": "key-value heads"}
 
 
 def model_card(report: CompReport, config: CompConfig, base_model: str | None) -> ModelCard:
@@ -70,14 +73,13 @@ def model_card(report: CompReport, config: CompConfig, base_model: str | None) -
         parameters_after=report.parameters_after,
         layers_before=len(report.layers) + len(report.removed_layers),
         layers_after=len(report.layers),
-        width_before=len(report.layers[0].scores),
-        width_after=report.width,
+        units="\n".join(f"| {_UNITS[kind]} | {before} | {after} |" for kind, (before, after) in report.units.items()),
         requested=report.requested_sparsity,
         achieved=report.achieved_sparsity,
         metric=config.resolved_neuron_metric,
         recovery=config.recovery,
         removed=", ".join(map(str, report.removed_layers)) or "none",
         calibration=f"{source['source']}: {source['num_samples']} × {source['sequence_length']} tokens",
-        worst=max(layer.relative_error for layer in report.layers),
+        worst=max(each.relative_error for layer in report.layers for each in layer.decisions),
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")

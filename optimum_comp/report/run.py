@@ -19,23 +19,71 @@ _LIBRARIES = ("optimum-comp", "optimum", "transformers", "torch")
 
 
 @dataclass
+class Decision:
+    """What of one layer stays along one axis.
+
+    Attributes:
+        axis: `ffn`, `kv` or `heads`.
+        kept: units that stay, ascending, numbered as in the dense model.
+        scores: importance before anything was removed along the axis, of every unit that was there then.
+        relative_error: squared error that the removal leaves in the dense layer's output, compared with what the
+            repair aims at, over that error and the repaired output's square: the part that couldn't be kept.
+    """
+
+    axis: str
+    kept: list[int]
+    scores: list[float]
+    relative_error: float
+
+
+@dataclass
 class LayerReport:
     """One decoder layer that stayed.
 
     Attributes:
         index: its place in the dense model.
-        kept: neurons that stay, ascending.
-        scores: every neuron's importance before anything was removed.
-        relative_error: squared error that the removal leaves in the dense layer's output, compared with what the
-            repair aims at, over that error and the repaired output's square: the part that couldn't be kept.
+        decisions: one for each axis that was pruned, the feed-forward layer's last.
         bridged: whether it stands in for removed layers behind it.
     """
 
     index: int
-    kept: list[int]
-    scores: list[float]
-    relative_error: float
+    decisions: list[Decision]
     bridged: bool
+
+    @classmethod
+    def of(cls, data: dict[str, Any]) -> LayerReport:
+        """From what `to_dict` made."""
+        return cls(**{**data, "decisions": [Decision(**each) for each in data["decisions"]]})
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return dataclasses.asdict(self)
+
+    def decision(self, axis: str) -> Decision:
+        """What was decided for an axis.
+
+        Raises:
+            KeyError: nothing was.
+        """
+        for each in self.decisions:
+            if each.axis == axis:
+                return each
+        raise KeyError(f"layer {self.index} has no decision for {axis!r}.")
+
+    @property
+    def kept(self) -> list[int]:
+        """Neurons that stay, ascending."""
+        return self.decision("ffn").kept
+
+    @property
+    def scores(self) -> list[float]:
+        """Every neuron's importance before anything was removed."""
+        return self.decision("ffn").scores
+
+    @property
+    def relative_error(self) -> float:
+        """What the feed-forward layer couldn't keep."""
+        return self.decision("ffn").relative_error
 
 
 @dataclass
@@ -43,6 +91,7 @@ class CompReport:
     """A pruning run: what was asked, what was done, on which text, with which versions.
 
     Attributes:
+        units: kind of unit -> how many each layer had, and has now.
         matmul_dtype: what factors of matrix products were rounded to while layers ran.
         seconds: wall time; of a run that was gone on with, since then.
         peak_memory_bytes: largest memory of the process so far.
@@ -57,7 +106,7 @@ class CompReport:
     parameters_after: int
     removed_layers: list[int]
     layer_scores: list[float]
-    width: int
+    units: dict[str, list[int]]
     layers: list[LayerReport]
     calibration: dict[str, Any]
     versions: dict[str, str]
@@ -70,13 +119,35 @@ class CompReport:
         """Everything but the per-layer lists."""
         return {key: value for key, value in dataclasses.asdict(self).items() if key != "layers"}
 
+    @property
+    def width(self) -> int:
+        """Neurons of a feed-forward layer."""
+        return self.units["ffn"][1]
+
+    @property
+    def cache_share(self) -> float:
+        """Size of the pruned model's key-value cache over that of the dense one's."""
+        before, after = self.units.get("kv", [1, 1])
+        layers = len(self.layers)
+        return after * layers / (before * (layers + len(self.removed_layers)))
+
+    def sizes(self) -> str:
+        """What became smaller, in words."""
+        names = {"ffn": "feed-forward width", "heads": "query heads", "kv": "key-value heads"}
+        changed = [
+            f"{names[kind]} {before} -> {after}" for kind, (before, after) in self.units.items() if before != after
+        ]
+        if self.removed_layers:
+            changed.append(f"without layers {', '.join(map(str, self.removed_layers))}")
+        if self.cache_share < 1:
+            changed.append(f"key-value cache {self.cache_share:.0%} of the size")
+        return ", ".join(changed)
+
     def headline(self, output: Path | str) -> str:
         """What was achieved, in one line."""
-        removed = f" and layers {', '.join(map(str, self.removed_layers))}" if self.removed_layers else ""
         return (
             f"{output}: {self.achieved_sparsity:.2%} of the decoder layers removed ({self.requested_sparsity:.2%} "
-            f"asked: feed-forward width {len(self.layers[0].scores)} -> {self.width}{removed}), "
-            f"{self.parameters_before:,} -> {self.parameters_after:,} parameters"
+            f"asked: {self.sizes()}), {self.parameters_before:,} -> {self.parameters_after:,} parameters"
             + (f", {self.seconds:.0f} s, peak memory {format_bytes(self.peak_memory_bytes)}" if self.seconds else "")
         )
 
@@ -89,7 +160,7 @@ class CompReport:
     def load(cls, folder: Path) -> CompReport:
         """Read what `save` wrote."""
         data = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))
-        return cls(**{**data, "layers": [LayerReport(**layer) for layer in data["layers"]]})
+        return cls(**{**data, "layers": [LayerReport.of(layer) for layer in data["layers"]]})
 
 
 def library_versions() -> dict[str, str]:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from optimum_comp.core.equalization import find_scales
-from optimum_comp.families import Fold
+from optimum_comp.core.surgery import Counts
+from optimum_comp.families import KV, Fold, Slot
 
 
 Factors = dict[str, list[tuple[int, Tensor]]]
@@ -45,7 +46,7 @@ class InputRange:
 
 def unseen(layer: nn.Module, folds: Sequence[Fold]) -> dict[Fold, InputRange]:
     """Ranges of what goes into each fold's consumers, before any token."""
-    weights = {fold: _part(layer, fold.consumers[0]).weight for fold in folds}
+    weights = {fold: fold.consumers[0].matrix(layer) for fold in folds}
     return {fold: InputRange.empty(weight.shape[1], weight.device) for fold, weight in weights.items()}
 
 
@@ -58,48 +59,57 @@ def watching(layer: nn.Module, ranges: Mapping[Fold, InputRange]) -> Iterator[No
             def look(_: nn.Module, args: tuple[Tensor, ...], seen: InputRange = seen) -> None:
                 seen.update(args[0])
 
-            hook = _part(layer, fold.consumers[0]).register_forward_pre_hook(look)
+            hook = fold.consumers[0].module(layer).register_forward_pre_hook(look)
             stack.callback(hook.remove)
         yield
 
 
-def layer_factors(layer: nn.Module, folds: Mapping[Fold, InputRange], tokens: int) -> Factors:
+def layer_factors(layer: nn.Module, counts: Counts, folds: Mapping[Fold, InputRange], tokens: int) -> Factors:
     """Factors for a layer's parameters that even out what goes into its dense layers.
 
     Args:
         layer: with its weights.
+        counts: its units of each kind.
         folds: what goes into the consumers of each.
         tokens: how many tokens that was.
     """
     found: Factors = {}
     for fold, seen in folds.items():
-        weight = torch.cat([_part(layer, path).weight.detach() for path in fold.consumers])
-        owner = channel_owners(layer, fold)
+        weight = torch.cat([slot.matrix(layer).detach() for slot in fold.consumers])
+        owner = channel_owners(layer, counts, fold)
         scales, _ = find_scales(seen.largest, seen.energy, tokens, weight, owner)
-        for name, factors in fold_factors(layer, fold, scales, owner).items():
+        for name, factors in fold_factors(layer, counts, fold, scales, owner).items():
             found.setdefault(name, []).extend(factors)
     return found
 
 
-def channel_owners(layer: nn.Module, fold: Fold) -> Tensor:
+def channel_owners(layer: nn.Module, counts: Counts, fold: Fold) -> Tensor:
     """Which of the producer's channels each of the consumer's input channels is a copy of, `[d_in]`.
 
     Under grouped-query attention, the query heads of a group read the same value head.
     """
-    produced = _part(layer, fold.producers[0]).weight.shape[0]
-    consumed = _part(layer, fold.consumers[0]).weight.shape[1]
+    weight = fold.consumers[0].matrix(layer)
+    produced, consumed = _channels(layer, counts, fold.producers[0]), weight.shape[1]
     own = torch.arange(produced)
     if produced != consumed:
-        head: int = _part(layer, fold.producers[0].rpartition(".")[0]).head_dim
-        own = own.view(-1, 1, head).expand(-1, consumed // produced, -1).flatten()
-    return own.to(_part(layer, fold.consumers[0]).weight.device)
+        own = own.view(counts[KV], 1, -1).expand(-1, consumed // produced, -1).flatten()
+    return own.to(weight.device)
 
 
-def fold_factors(layer: nn.Module, fold: Fold, scales: Tensor, owner: Tensor | None = None) -> Factors:
+def _channels(layer: nn.Module, counts: Counts, producer: Slot) -> int:
+    """How many output channels of a norm or dense layer are meant."""
+    weight: Tensor = producer.module(layer).weight
+    size = weight.shape[producer.rows if weight.dim() > 1 else 0]
+    meant = producer.rows_meant(size, counts)
+    return meant.stop - meant.start
+
+
+def fold_factors(layer: nn.Module, counts: Counts, fold: Fold, scales: Tensor, owner: Tensor | None = None) -> Factors:
     """The factors of one fold: producers' channels `/ s`, consumers' columns `· s`; none where all are one.
 
     Args:
-        layer: to say which biases there are.
+        layer: to say which biases there are; its sizes don't matter.
+        counts: units of each kind that `scales` are for.
         fold: the fold.
         scales: `s` of each of the producer's channels.
         owner: see `channel_owners`; `None` if nothing is copied.
@@ -107,18 +117,19 @@ def fold_factors(layer: nn.Module, fold: Fold, scales: Tensor, owner: Tensor | N
     if bool((scales == 1).all()):
         return {}
     found: Factors = {}
-    for path in fold.producers:
+    for slot in fold.producers:
+        factors = 1 / scales
+        if slot.part:
+            size = len(scales) // counts[slot.kind_meant] * sum(counts[kind] for kind in slot.kinds)
+            factors = scales.new_ones(size)
+            factors[slot.rows_meant(size, counts)] = 1 / scales
         for kind in ("weight", "bias"):
-            if getattr(_part(layer, path), kind, None) is not None:
-                found[f"{path}.{kind}"] = [(0, 1 / scales)]
-    for path in fold.consumers:
-        found[f"{path}.weight"] = [(1, scales if owner is None else scales[owner])]
+            value = getattr(slot.module(layer), kind, None)
+            if value is not None:
+                found[f"{slot.path}.{kind}"] = [(slot.rows if value.dim() > 1 else 0, factors)]
+    for slot in fold.consumers:
+        found[f"{slot.path}.weight"] = [(slot.columns, scales if owner is None else scales[owner])]
     return found
-
-
-def _part(layer: nn.Module, path: str) -> Any:
-    """A norm or a dense layer."""
-    return layer.get_submodule(path)
 
 
 def multiplied(value: Tensor, factors: Sequence[tuple[int, Tensor]]) -> Tensor:
@@ -130,7 +141,7 @@ def multiplied(value: Tensor, factors: Sequence[tuple[int, Tensor]]) -> Tensor:
     return value
 
 
-def holding_folds(layer: nn.Module, folds: Sequence[Fold], run: Any) -> list[Fold]:
+def holding_folds(layer: nn.Module, counts: Counts, folds: Sequence[Fold], run: Any) -> list[Fold]:
     """Those folds that leave the layer's output as it is.
 
     Measured on random scales, not declared: whether a norm comes before or after, whether an activation function
@@ -138,17 +149,18 @@ def holding_folds(layer: nn.Module, folds: Sequence[Fold], run: Any) -> list[Fol
 
     Args:
         layer: with its weights, which are as before afterwards.
-        folds: to be tried.
+        counts: its units of each kind.
+        folds: to be tried; the layer has all of their parts.
         run: gives the layer's output, `[batch, length, hidden]`.
     """
     expected = run()
-    held = []
+    held: list[Fold] = []
     generator = torch.Generator().manual_seed(0)
     for fold in folds:
-        channels = _part(layer, fold.producers[0]).weight.shape[0]
+        channels = _channels(layer, counts, fold.producers[0])
         device = expected.device
         scales = torch.exp2(torch.randint(-2, 3, (channels,), generator=generator).double()).to(device)
-        factors = fold_factors(layer, fold, scales, channel_owners(layer, fold))
+        factors = fold_factors(layer, counts, fold, scales, channel_owners(layer, counts, fold))
         originals = {name: layer.get_parameter(name).data for name in factors}
         for name, value in originals.items():
             layer.get_parameter(name).data = multiplied(value, factors[name])

@@ -13,6 +13,8 @@ import torch
 
 from optimum_comp.checkpoint.source import ModelSource
 from optimum_comp.configuration import CompConfig
+from optimum_comp.core.allocation import Allocation
+from optimum_comp.families import FFN
 from optimum_comp.sweep.ranks import Ranks
 from optimum_comp.sweep.scoring import LOSS_SAMPLES
 from optimum_comp.utils import format_bytes, parameter_count
@@ -35,6 +37,7 @@ class Workload:
         length: tokens of each.
         hidden: values of a token between layers.
         width: neurons of one layer's FFN.
+        heads: values of a token that attention gives to its output projection; 0 if nothing of attention goes.
         layers: decoder layers of the dense model.
         layer_parameters: parameters of one.
         outside_parameters: parameters of the embeddings and what else isn't in a layer, without the head.
@@ -59,6 +62,7 @@ class Workload:
     whole_model: int
     is_aligned: bool
     has_mask_form: bool
+    heads: int = 0
     variants: int = 0
     variant_samples: int = 0
 
@@ -95,27 +99,30 @@ class MemoryPlan:
     peak_bytes: int
 
 
-def workload_of(source: ModelSource, config: CompConfig, removed_layers: int, ranks: Ranks) -> Workload:
+def workload_of(source: ModelSource, config: CompConfig, allocation: Allocation, ranks: Ranks) -> Workload:
     """The sizes of a model and of what is to be done with it.
 
     Args:
         source: the dense model.
         config: how to prune it.
-        removed_layers: whole layers that go.
+        allocation: what goes.
         ranks: the processes that share the samples.
     """
     layer = source.layers[0]
-    hidden, width = source.spec.get_consumer(layer).weight.shape
+    hidden, width = source.family.ffn.consumer.matrix(layer).shape
+    attention = [axis for axis in source.family.axes if axis.name != FFN and axis.name in allocation.units]
+    heads = attention[0].consumer.matrix(layer).shape[1] if attention else 0
     embedding, head = source.model.get_input_embeddings().weight, source.model.get_output_embeddings()
     outside = parameter_count(source.model) - parameter_count(source.layers)
     if head is not None and head.weight is not embedding:
         outside -= head.weight.numel()
-    by_loss = removed_layers > 0 and config.layer_metric == "loss"
+    by_loss = allocation.layers > 0 and config.layer_metric == "loss"
     return Workload(
         samples=ranks.share(config.num_samples),
         length=config.sequence_length,
         hidden=hidden,
         width=width,
+        heads=heads,
         layers=len(source.layers),
         layer_parameters=parameter_count(layer),
         outside_parameters=outside,
@@ -197,11 +204,17 @@ def predict(work: Workload, plan: MemoryPlan, base: int) -> MemoryPlan:
     matrices = 3 if work.has_mask_form else 1
     # The weight, its target, the cross moment, a scaled copy of it, and the repaired weight.
     solving = matrices * gram + 5 * weight
+    # Attention is decided while its layer is at hand; its moments are copied for each axis.
+    attention = 0
+    if work.heads:
+        size = solve_dtype(work.heads).itemsize
+        squares, weights = work.heads**2 * size, work.hidden * work.heads * size
+        attention = layer + max(2 * squares + weights + passing, (matrices + 2) * squares + 5 * weights)
     writing = 0 if work.whole_model else work.layer_parameters * work.state
     variants = work.variants * work.variant_samples * work.length * work.hidden * work.compute
     # The first layer is there beside the embeddings while the model is asked how it calls its layers.
     starting = embedding + layer + passing
-    peak = base + _SLACK + kept + max(starting, observing, solving, writing, layer + passing + variants)
+    peak = base + _SLACK + kept + max(starting, observing, attention, solving, writing, layer + passing + variants)
     return replace(plan, peak_bytes=peak)
 
 

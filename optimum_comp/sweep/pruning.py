@@ -1,55 +1,42 @@
-"""The layer loop: per layer observe, decide, repair, pass on; one layer in memory at a time."""
+"""The pruning visitor: per layer observe, decide, repair, pass on."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import time
-from collections import defaultdict
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from optimum_comp.atomic import durably
 from optimum_comp.configuration import CompConfig
 from optimum_comp.core.equalization import find_scales
 from optimum_comp.core.gram import GramAccumulator, add_cross_moment
 from optimum_comp.core.layer_scores import least_important
-from optimum_comp.core.recovery import FORMS, refit
-from optimum_comp.core.selection import Reduction, reduce_channels
-from optimum_comp.families import Fold, apply_to_layer
-from optimum_comp.report.run import LayerReport
+from optimum_comp.core.recovery import FORMS, energy, refit
+from optimum_comp.core.selection import Reduction, Units, reduce_channels
+from optimum_comp.core.surgery import Counts, Kept, channels_of
+from optimum_comp.families import FFN, HEADS, KV, Fold
+from optimum_comp.families.cutting import Cut, cut_meanwhile, groups_kept
+from optimum_comp.report.run import Decision, LayerReport
 from optimum_comp.sweep.folding import Factors, fold_factors, holding_folds, layer_factors, unseen, watching
 from optimum_comp.sweep.journal import Journal
+from optimum_comp.sweep.junction import Junction
+from optimum_comp.sweep.loop import sweep
 from optimum_comp.sweep.memory import MemoryPlan, solve_dtype
 from optimum_comp.sweep.ranks import Ranks
+from optimum_comp.sweep.recording import Recorder
 from optimum_comp.sweep.runner import LayerRunner, Tap, replaced
 from optimum_comp.sweep.scoring import LAYER_SCORES
 from optimum_comp.sweep.states import ActivationStore, rows_of
-from optimum_comp.utils import keep_large_blocks_apart, progress_disabled, release_free_memory
+from optimum_comp.sweep.stopwatch import Stopwatch
+from optimum_comp.utils import get_logger, keep_large_blocks_apart, progress_disabled, release_free_memory
 
 
-class Stopwatch:
-    """Wall time by kind of work, in seconds."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-
-    @contextlib.contextmanager
-    def __call__(self, kind: str) -> Iterator[None]:
-        """Count the block's time as `kind`, and not as that of a block around it."""
-        started, before = time.perf_counter(), sum(self.seconds.values())
-        try:
-            yield
-        finally:
-            within = sum(self.seconds.values()) - before
-            self.seconds[kind] += time.perf_counter() - started - within
+logger = get_logger(__name__)
 
 
 @dataclasses.dataclass
@@ -75,8 +62,10 @@ class Moments:
         gram: second moments of its inputs, `[width, width]`.
         cross: cross moment of what its output is to gain with its inputs, `[hidden, width]`, or `None`.
         own_share: how much of its own outputs `cross` holds (see `quadratic.share_own`).
-        weight: its weight, `[hidden, width]`, with the effect of removed layers behind it fitted in where that has to
-            come before the choice.
+        weight: its weight as the residual stream sees it (see `Junction.gained`), `[hidden, width]`, with the effect
+            of removed layers behind it fitted in where that has to come before the choice.
+        plain: the weight as it is.
+        junction: how its output reaches the residual stream.
         factors: what evens out the inputs of the layer's other dense layers, by parameter.
         largest: largest absolute value of each of the consumer's inputs, `[width]`; `None` if nobody asks.
     """
@@ -85,8 +74,31 @@ class Moments:
     cross: Tensor | None
     own_share: float
     weight: Tensor
+    plain: Tensor
+    junction: Junction
     factors: Factors = dataclasses.field(default_factory=dict)
     largest: Tensor | None = None
+
+
+@dataclasses.dataclass
+class _Layer:
+    """The layer that the loop is at.
+
+    Attributes:
+        place: in the pruned model.
+        gap: removed layers behind it.
+        is_bridged: whether it stands in for them.
+        cuts: what goes from it, as far as decided.
+        decisions: why.
+        moments: of its feed-forward layer's consumer.
+    """
+
+    place: int
+    gap: range
+    is_bridged: bool
+    cuts: list[Cut] = dataclasses.field(default_factory=list)
+    decisions: list[Decision] = dataclasses.field(default_factory=list)
+    moments: Moments | None = None
 
 
 class PruningRun:
@@ -95,7 +107,7 @@ class PruningRun:
     Args:
         runner: runs the dense model's layers; its source takes the pruned ones.
         config: how to prune.
-        width: neurons of a layer that stay.
+        keep: how many units of each axis stay in a layer; the feed-forward layer's neurons are always among them.
         removable: how many whole layers go, and which may not.
         tokens: all calibration samples, `[samples, length]`.
         plan: how the work is cut.
@@ -109,7 +121,7 @@ class PruningRun:
         self,
         runner: LayerRunner,
         config: CompConfig,
-        width: int,
+        keep: Mapping[str, int],
         removable: tuple[int, set[int]],
         tokens: Tensor,
         plan: MemoryPlan,
@@ -117,9 +129,10 @@ class PruningRun:
         folder: Path | None,
         journal: Journal | None,
     ):
-        self.source, self.config, self.width, self.ranks = runner.source, config, width, ranks
-        self.spec = self.source.spec
+        self.source, self.config, self.keep, self.ranks = runner.source, config, keep, ranks
+        self.family = self.source.family
         self.clock = Stopwatch()
+        self._model_config = self.source.model.config
         self._runner = runner
         self._removable = removable
         self._tokens = tokens
@@ -128,16 +141,26 @@ class PruningRun:
         self._plan = plan
         self._folder = folder
         self._journal = journal
-        self._is_recorded = ranks.from_first(journal is not None)
+        self._recorder = Recorder(journal, folder, ranks, beside=not plan.spill_states)
         self._stores: list[ActivationStore] = []
-        self._writer = ThreadPoolExecutor(max_workers=1)
-        self._writing: Future[None] | None = None
-        consumer = self.spec.get_consumer(self.source.layers[0])
-        self._hidden, self._neurons = consumer.weight.shape
+        first = self.source.layers[0]
+        self._counts = self.family.counts(self._model_config, first)
+        self._hidden, self._neurons = self.family.ffn.consumer.matrix(first).shape
+        # Attention first: its repair is in what the feed-forward layer sees.
+        self._attention = [axis for axis in self.family.axes if axis.name != FFN and axis.name in keep]
         self._solving = solve_dtype(self._neurons)
         # Where equalization scales go: behind what other dense layers read, and behind what the consumer reads.
         self._folds: list[Fold] = []
         self._consumer_fold: Fold | None = None
+        self._kept_layers: list[int] = []
+        self._reports: list[LayerReport] = []
+        self._own = self._store("own", self._hidden, plan.spill_states)
+        # Of the dense model, which the repair leans on.
+        self._dense: ActivationStore | None = None
+        # What the consumer reads, where the residual stream without its output can be had.
+        self._inputs: ActivationStore | None = None
+        self._at: _Layer | None = None
+        self._progress: tqdm | None = None
 
     def run(self) -> Pruned:
         """Prune every layer that stays, in order.
@@ -149,67 +172,114 @@ class PruningRun:
         """
         try:
             pruned = self._run()
-            self._until_written()
+            self._recorder.wait()
             return pruned
         finally:
-            # An interrupted run still gets its last finished layer onto the disk.
-            self._writer.shutdown(wait=True)
+            self._recorder.close()
             for store in self._stores:
                 store.close()
 
     def _run(self) -> Pruned:
         keep_large_blocks_apart()
-        own = self._store("own", self._hidden, self._plan.spill_states)
-        done = self.ranks.from_first(0 if self._journal is None else self._journal.finished)
+        own = self._own
+        done = self._recorder.finished
         removed, scores = self._coarse(own)
-        kept_layers = [index for index in range(len(self.source.layers)) if index not in removed]
+        self._kept_layers = [index for index in range(len(self.source.layers)) if index not in removed]
+        first = self._kept_layers[0]
         with self.clock("forward"):
             self._runner.embed_all(self._batches, own)
-        additive = self._adds_to_residual(kept_layers[0], own)
+        additive = self._adds_to_residual(first, own)
         if self.config.equalize:
-            self._find_folds(kept_layers[0], own)
-        aligned = additive and self.config.alignment > 0 and self.config.recovery != "none"
-        # Two streams of hidden states: the pruned model's own, and the dense model's, which the repair leans on.
-        dense = self._store("dense", self._hidden, self._plan.spill_states) if aligned else None
-        inputs = self._store("inputs", self._neurons, self._plan.spill_inputs) if additive else None
+            self._find_folds(first, own)
+        if additive and self.config.alignment > 0 and self.config.recovery != "none":
+            self._dense = self._store("dense", self._hidden, self._plan.spill_states)
+        if additive:
+            self._inputs = self._store("inputs", self._neurons, self._plan.spill_inputs)
+        elif self.ranks.is_first:
+            logger.warning(
+                "A norm follows the residual stream behind %s here, so each layer is repaired on its own: alignment "
+                "and bridges are off.",
+                self.family.ffn.consumer.path,
+            )
         if done:
-            self._restore(done, own, dense)
-        elif dense is not None:
-            self._advance(range(kept_layers[0]), own, dense)
-
-        reports = [self._recorded(place) for place in range(done)] if self.ranks.is_first else []
+            with self.clock("read"):
+                self._recorder.restore(done, self._streams)
+        elif self._dense is not None:
+            # The dense stream starts where the own one begins, and goes through removed layers at the very front.
+            for rows in self._rows:
+                self._dense.write(rows, own.read(rows, torch.device("cpu"), own.dtype))
+            self._pass(range(first), self._dense)
+        self._reports = self._recorder.reports(done) if self.ranks.is_first else []
         progress = tqdm(
-            total=len(kept_layers),
+            total=len(self._kept_layers),
             initial=done,
             desc="Pruning",
             unit="layer",
             disable=progress_disabled() or not self.ranks.is_first,
         )
         with progress:
-            for place in range(done, len(kept_layers)):
-                index, following = kept_layers[place], [*kept_layers[1:], len(self.source.layers)][place]
-                gap = range(index + 1, following)
-                bridged = bool(gap) and self.config.bridge and additive
-                with _names_layer(f"{self.spec.layers}.{index}.{self.spec.consumer}"):
-                    moments = self._observe(
-                        index, gap if bridged else range(0), own, inputs, dense, is_first=index == 0
-                    )
-                    found, factors = self._decide(index, moments)
-                del moments
-                release_free_memory()
-                if dense is not None and not bridged:
-                    self._pass(gap, dense)
-                self._commit(place, index, found, factors)
-                energy = self._update(index, found, own, inputs)
-                error = found.error / (found.error + energy) if found.error > 0 else 0.0
-                report = LayerReport(index, found.kept.tolist(), found.scores.tolist(), error, bridged=bridged)
-                reports.append(report)
-                del found, factors
-                release_free_memory()
-                self._record(place, report, own, dense)
-                progress.set_postfix(error=f"{report.relative_error:.1%}")
-                progress.update()
-        return Pruned(removed, scores, reports)
+            self._progress = progress
+            sweep(self.source, self._kept_layers[done:], self, lambda: self.clock("read"))
+        return Pruned(removed, scores, self._reports)
+
+    def visit(self, index: int, layer: nn.Module) -> None:
+        """Prune the layer's attention, and observe its feed-forward layer behind that."""
+        place = self._kept_layers.index(index)
+        following = [*self._kept_layers, len(self.source.layers)][place + 1]
+        gap = range(index + 1, following)
+        at = _Layer(place, gap, bool(gap) and self.config.bridge and self._inputs is not None)
+        self._at = at
+        if self._attention:
+            with self._names(index, self._attention[0].consumer.path):
+                self._prune_attention(index, layer, at)
+        counts = at.cuts[-1].after if at.cuts else self._counts
+        with (
+            self._names(index, self.family.ffn.consumer.path),
+            cut_meanwhile(self.family, self._model_config, layer, at.cuts),
+        ):
+            at.moments = self._observe(index, layer, counts, at)
+
+    def leave(self, index: int) -> None:
+        """Choose neurons, repair, and go on with what the pruned layer makes of the samples."""
+        at = self._at
+        assert at is not None and at.moments is not None
+        with self._names(index, self.family.ffn.consumer.path):
+            if at.is_bridged:
+                at.moments = self._with_gap(at.gap, at.moments)
+            junction = at.moments.junction
+            counts = at.cuts[-1].after if at.cuts else self._counts
+            found, factors = self._decide(index, at.moments)
+        at.moments = None
+        release_free_memory()
+        if self._dense is not None and not at.is_bridged:
+            self._pass(at.gap, self._dense)
+        at.cuts.append(Cut(self.family.ffn, counts, {FFN: found.kept}, found.weight))
+        self._commit(index, at, factors)
+        squares = self._update(index, at.cuts, found, junction)
+        error = found.error / (found.error + squares) if found.error > 0 else 0.0
+        at.decisions.append(Decision(FFN, found.kept.tolist(), found.scores.tolist(), error))
+        report = LayerReport(index, at.decisions, bridged=at.is_bridged)
+        self._reports.append(report)
+        del found, factors
+        self._at = None
+        release_free_memory()
+        self._record(at.place, report)
+        if self._progress is not None:
+            self._progress.set_postfix(error=f"{error:.1%}")
+            self._progress.update()
+
+    def _commit(self, index: int, at: _Layer, factors: Factors) -> None:
+        with self.clock("write"):
+            if self.source.is_resident or self.ranks.is_first:
+                self.source.commit(index, at.place, at.cuts, factors)
+
+    def _record(self, place: int, report: LayerReport) -> None:
+        with self.clock("write"):
+            self._recorder.record(place, report, self._streams)
+
+    @property
+    def _streams(self) -> dict[str, ActivationStore]:
+        return {"own": self._own} if self._dense is None else {"own": self._own, "dense": self._dense}
 
     def _store(self, name: str, channels: int, spill: bool) -> ActivationStore:
         file = None
@@ -244,291 +314,326 @@ class PruningRun:
                 self._journal.record(removed=found[0], layer_scores=found[1])
         return found
 
-    def _advance(self, indices: range, own: ActivationStore, dense: ActivationStore) -> None:
-        """Start the dense stream where the own one begins, and take it through removed layers at the very front."""
-        for rows in self._rows:
-            dense.write(rows, own.read(rows, torch.device("cpu"), own.dtype))
-        self._pass(indices, dense)
-
     def _pass(self, indices: range, states: ActivationStore) -> None:
         """Take hidden states through several dense layers."""
-        for index in indices:
-            with self._layer(index), self.clock("forward"):
-                for rows in self._rows:
-                    states.write(rows, self._runner.run(index, self._read(states, rows)))
+        sweep(self.source, indices, _Through(self, states), lambda: self.clock("read"))
 
-    @contextlib.contextmanager
-    def _layer(self, index: int) -> Iterator[torch.nn.Module]:
-        with contextlib.ExitStack() as stack:
-            with self.clock("read"):
-                layer = stack.enter_context(self.source.layer(index))
-            yield layer
+    def through(self, index: int, states: ActivationStore) -> None:
+        """Take hidden states through the dense layer that is at hand."""
+        with self.clock("forward"):
+            for rows in self._rows:
+                states.write(rows, self._runner.run(index, self._read(states, rows)))
 
     def _adds_to_residual(self, index: int, own: ActivationStore) -> bool:
-        """Whether the layer's output is the tapped layer's output plus the consumer's (no norm in between).
+        """Whether the layer's output is the tapped layer's plus what the consumer contributes.
 
         Measured, not declared: OPT-350m differs from its siblings in this by one config field.
         """
-        with self._layer(index) as layer:
+        axis = self.family.ffn
+        with self.source.layer(index) as layer:
             hidden = self._read(own, slice(0, 1))
             whole = self._runner.run(index, hidden, exact=True)
-            consumer = self.spec.get_consumer(layer)
-            tap = Tap(consumer)
-            with replaced(layer, self.spec.consumer, tap):
+            junction = Junction(self.family, self._model_config, axis, layer)
+            tap = Tap(axis.consumer, layer, with_bias=junction.norm is None)
+            with replaced(layer, axis.consumer.path, tap):
                 residual = self._runner.run(index, hidden, exact=True)
             assert tap.inputs is not None
-            rebuilt = residual + functional.linear(tap.inputs, consumer.weight).view_as(residual)
+            output = functional.linear(tap.inputs, axis.consumer.matrix(layer))
+            rebuilt = residual + junction.contribution(output).view_as(residual)
         tolerance = 16 * torch.finfo(hidden.dtype).eps
         difference = float((rebuilt.float() - whole.float()).abs().max())
         return difference <= tolerance * float(whole.float().abs().max().clamp_min(1.0))
 
     def _find_folds(self, index: int, own: ActivationStore) -> None:
-        with self._layer(index) as layer:
+        with self.source.layer(index) as layer:
             hidden = self._read(own, slice(0, 1))
-            held = holding_folds(layer, self.spec.folds, lambda: self._runner.run(index, hidden, exact=True))
-        self._folds = [fold for fold in held if fold.consumers != (self.spec.consumer,)]
+            there = [fold for fold in self.family.folds if fold.is_in(layer)]
+            held = holding_folds(layer, self._counts, there, lambda: self._runner.run(index, hidden, exact=True))
+        if self.ranks.is_first and len(held) < len(there):
+            missing = "; ".join(str(fold) for fold in there if fold not in held)
+            logger.warning("Not equalized, since this model's layers don't allow it: %s.", missing)
+        consumer = self.family.ffn.consumer.path
+        self._folds = [fold for fold in held if [slot.path for slot in fold.consumers] != [consumer]]
         self._consumer_fold = next((fold for fold in held if fold not in self._folds), None)
 
-    def _observe(
-        self,
-        index: int,
-        gap: range,
-        own: ActivationStore,
-        inputs: ActivationStore | None,
-        dense: ActivationStore | None,
-        *,
-        is_first: bool,
-    ) -> Moments:
-        """Run a layer with its consumer tapped.
+    def _prune_attention(self, index: int, layer: nn.Module, at: _Layer) -> None:
+        """Choose what of the layer's attention goes, and repair what reads it.
 
-        Afterwards, where the layer adds its consumer's output to the residual stream (`inputs` isn't `None`), `own`
+        A head's output doesn't depend on the other heads, so the moments of all of them serve every axis.
+        """
+        moments = self._observe_attention(index, layer)
+        counts: Counts = self._counts
+        heads = torch.arange(counts[HEADS])
+        shared: list[tuple[str, Kept, Tensor, Decision]] = []
+        for axis in self._attention if self.ranks.is_first else ():
+            with self.clock("solve"):
+                units = units_of(axis.name, counts, moments.weight.shape[1])
+                each = 1 if axis.name == KV else counts[KV]
+                found = self._reduce(index, moments, self.keep[axis.name] // each, units)
+                left = found.kept.to(moments.gram.device)
+                gram = moments.gram[left][:, left]
+                squares = energy(found.weight, gram)
+                width = units.channels.shape[1]
+                kept = (found.kept.view(-1, width)[:, 0] // width).cpu()
+                kinds = groups_kept(kept, counts) if axis.name == KV else {HEADS: kept}
+                heads = heads[kinds[HEADS]]
+                error = found.error / (found.error + squares) if found.error > 0 else 0.0
+                numbers = kept if axis.name == KV else heads
+                decision = Decision(axis.name, numbers.tolist(), found.scores.tolist(), error)
+                weight = moments.junction.ungained(found.weight).to("cpu", self.source.state_dtype)
+                shared.append((axis.name, kinds, weight, decision))
+                # What goes next goes from what is left: its repair is aimed already.
+                moments = dataclasses.replace(moments, gram=gram, cross=None, weight=found.weight)
+                counts = {**counts, **{kind: len(there) for kind, there in kinds.items()}}
+        counts = self._counts
+        for name, kept_units, weight, decision in self.ranks.from_first(shared):
+            at.cuts.append(Cut(self.family.axis(name), counts, kept_units, weight))
+            at.decisions.append(decision)
+            counts = at.cuts[-1].after
+
+    def _observe_attention(self, index: int, layer: nn.Module) -> Moments:
+        """Run a layer up to what reads its heads; takes the dense model's hidden states through the layer."""
+        slot = self._attention[0].consumer
+        junction = Junction(self.family, self._model_config, self._attention[0], layer)
+        weight = slot.matrix(layer).detach().clone()
+        solving = solve_dtype(weight.shape[1])
+        gram = GramAccumulator(weight.shape[1], device=self.source.device, dtype=solving)
+        cross = None
+        if self._dense is not None and index > 0:
+            cross = torch.zeros(weight.shape, dtype=solving, device=self.source.device)
+        for rows in self._rows:
+            with self.clock("forward"):
+                hidden = self._read(self._own, rows)
+                seen = self._runner.inputs_of(index, slot, hidden)
+                scales = self._token_scales(junction, seen, weight)
+            with self.clock("gram"):
+                gram.update(seen, None if scales is None else scales.square())
+            if self._dense is None:
+                continue
+            with self.clock("forward"):
+                before = self._read(self._dense, rows)
+                behind, output = self._runner.run_and_watch(index, slot, before)
+            if cross is not None:
+                with self.clock("gram"):
+                    lacking = before + junction.contribution(output) - hidden
+                    add_cross_moment(cross, junction.wanted(lacking, scales), seen)
+            self._dense.write(rows, behind)
+        self.ranks.sum_(gram.sum, cross)
+        share = self.config.alignment
+        aimed = None if cross is None else cross.mul_(share)
+        return Moments(gram.value(), aimed, share, junction.gained(weight), weight, junction)
+
+    def _token_scales(self, junction: Junction, inputs: Tensor, weight: Tensor) -> Tensor | None:
+        return None if junction.norm is None else junction.token_scales(self._consume(inputs, weight))
+
+    def _observe(self, index: int, layer: nn.Module, counts: Counts, at: _Layer) -> Moments:
+        """Run a layer with its feed-forward consumer tapped.
+
+        Afterwards, where the consumer's output is added to the residual stream (there is a store for `inputs`), `own`
         holds the residual stream and `inputs` the consumer's inputs; `dense` holds the dense model's hidden states
-        behind the layer and the gap.
+        behind the layer.
 
         Args:
             index: the layer.
-            gap: removed layers behind it that it is to stand in for.
-            own: the pruned model's hidden states.
-            inputs: where the consumer's inputs go.
-            dense: the dense model's hidden states, or `None` if the repair doesn't lean on them.
-            is_first: whether the layer is the dense model's first.
+            layer: without what of its attention goes.
+            counts: its units of each kind.
+            at: what is decided so far.
         """
-        clock, shape = self.clock, (self._hidden, self._neurons)
+        clock, consumer, own, dense = self.clock, self.family.ffn.consumer, self._own, self._dense
+        # Before anything is pruned, the dense model's hidden states are the pruned one's; if attention was pruned,
+        # they are behind the layer already.
+        is_first, is_ahead = index == 0 and not at.cuts, bool(at.cuts)
+        junction = Junction(self.family, self._model_config, self.family.ffn, layer)
+        weight = consumer.matrix(layer).detach().clone()
         gram = GramAccumulator(self._neurons, device=self.source.device, dtype=self._solving)
         cross = None
-        if dense is not None and not is_first and not gap:
-            cross = torch.zeros(shape, dtype=self._solving, device=self.source.device)
-        with self._layer(index) as layer:
-            consumer = self.spec.get_consumer(layer)
-            weight = consumer.weight.detach().clone()
-            tap = Tap(consumer)
-            ranges = unseen(layer, self._folds)
-            largest = None if self._consumer_fold is None else weight.new_zeros(self._neurons, dtype=torch.float32)
-            for rows in self._rows:
-                with clock("forward"), replaced(layer, self.spec.consumer, tap), watching(layer, ranges):
-                    residual = self._runner.run(index, self._read(own, rows))
-                if tap.inputs is None:
-                    raise RuntimeError(f"layer {index} never called its {self.spec.consumer}.")
-                seen = tap.inputs.to(residual.dtype)
-                with clock("gram"):
-                    gram.update(seen)
-                    if largest is not None:
-                        largest = torch.maximum(largest, seen.reshape(-1, self._neurons).abs().amax(0).float())
-                if inputs is not None:
-                    inputs.write(rows, seen)
-                    own.write(rows, residual)
-                if dense is None:
-                    continue
-                with clock("forward"):
-                    # Before anything is pruned, the dense model's hidden states are the pruned one's.
-                    same = residual + self._consume(seen, weight).view_as(residual) if is_first else None
-                    wanted = self._runner.run(index, self._read(dense, rows)) if same is None else same
+        if dense is not None and not is_first and not at.is_bridged:
+            cross = torch.zeros(weight.shape, dtype=self._solving, device=self.source.device)
+        tap = Tap(consumer, layer, with_bias=junction.norm is None)
+        ranges = unseen(layer, self._folds)
+        largest = None if self._consumer_fold is None else weight.new_zeros(self._neurons, dtype=torch.float32)
+        for rows in self._rows:
+            with clock("forward"), replaced(layer, consumer.path, tap), watching(layer, ranges):
+                residual = self._runner.run(index, self._read(own, rows))
+            if tap.inputs is None:
+                raise RuntimeError(f"layer {index} never called its {consumer.path}.")
+            seen = tap.inputs.to(residual.dtype)
+            with clock("forward"):
+                scales = self._token_scales(junction, seen, weight)
+            with clock("gram"):
+                gram.update(seen, None if scales is None else scales.square())
+                if largest is not None:
+                    largest = torch.maximum(largest, seen.reshape(-1, self._neurons).abs().amax(0).float())
+            if self._inputs is not None:
+                self._inputs.write(rows, seen)
+                own.write(rows, residual)
+            if dense is None:
+                continue
+            with clock("forward"):
+                if is_first:
+                    wanted = residual + junction.contribution(self._consume(seen, weight)).view_as(residual)
+                elif is_ahead:
+                    wanted = self._read(dense, rows)
+                else:
+                    wanted = self._runner.run(index, self._read(dense, rows))
+                if not is_ahead:
                     dense.write(rows, wanted)
-                if cross is not None:
-                    with clock("gram"):
-                        add_cross_moment(cross, wanted - residual, seen)
-            self.ranks.max_(largest, *(seen.largest for seen in ranges.values()))
-            self.ranks.sum_(*(seen.energy for seen in ranges.values()))
-            with clock("solve"):
-                factors = layer_factors(layer, ranges, self._tokens.numel())
-            del layer, consumer, tap
-        if gap and inputs is not None:
-            moments = self._observe_gap(gap, own, inputs, dense, gram, weight)
-        else:
-            self.ranks.sum_(gram.sum, cross)
-            share = self.config.alignment
-            moments = Moments(gram.value(), None if cross is None else cross.mul_(share), share, weight)
-        return dataclasses.replace(moments, factors=factors, largest=largest)
+            if cross is not None:
+                with clock("gram"):
+                    add_cross_moment(cross, junction.wanted(wanted - residual, scales), seen)
+        self.ranks.max_(largest, *(seen.largest for seen in ranges.values()))
+        self.ranks.sum_(gram.sum, cross, *(seen.energy for seen in ranges.values()))
+        with clock("solve"):
+            factors = layer_factors(layer, counts, ranges, self._tokens.numel())
+        share = self.config.alignment
+        aimed = None if cross is None else cross.mul_(share)
+        return Moments(gram.value(), aimed, share, junction.gained(weight), weight, junction, factors, largest)
 
-    def _observe_gap(
-        self,
-        gap: range,
-        own: ActivationStore,
-        inputs: ActivationStore,
-        dense: ActivationStore | None,
-        gram: GramAccumulator,
-        weight: Tensor,
-    ) -> Moments:
-        """What a consumer's output lacks if it is to do the work of removed layers behind it, too."""
-        over_gap = torch.zeros(weight.shape, dtype=self._solving, device=self.source.device)
+    def _with_gap(self, gap: range, moments: Moments) -> Moments:
+        """What a consumer's output lacks if it is to do the work of removed layers behind it, too.
+
+        Takes the dense model's hidden states behind the gap.
+        """
+        own, dense, inputs = self._own, self._dense, self._inputs
+        assert inputs is not None
+        junction, plain = moments.junction, moments.plain
+        over_gap = torch.zeros(plain.shape, dtype=self._solving, device=self.source.device)
         deviation = torch.zeros_like(over_gap) if dense is not None else None
         whole = self._store("whole", self._hidden, self._plan.spill_states)
+
+        def own_output(rows: slice) -> tuple[Tensor, Tensor]:
+            seen = self._read(inputs, rows)
+            return seen, self._read(own, rows) + junction.contribution(self._consume(seen, plain))
+
         for rows in self._rows:
-            whole.write(rows, self._read(own, rows) + self._consume(self._read(inputs, rows), weight))
+            whole.write(rows, own_output(rows)[1])
         self._pass(gap, whole)
         if dense is not None:
             self._pass(gap, dense)
         with self.clock("gram"):
             for rows in self._rows:
-                seen, wanted = self._read(inputs, rows), self._read(whole, rows)
-                before = self._read(own, rows) + self._consume(seen, weight)
-                add_cross_moment(over_gap, wanted - before, seen)
+                (seen, before), behind = own_output(rows), self._read(whole, rows)
+                scales = self._token_scales(junction, seen, plain)
+                add_cross_moment(over_gap, junction.wanted(behind - before, scales, is_whole=False), seen)
                 if dense is not None and deviation is not None:
-                    add_cross_moment(deviation, self._read(dense, rows) - wanted, seen)
+                    lacking = self._read(dense, rows) - behind
+                    add_cross_moment(deviation, junction.wanted(lacking, scales, is_whole=False), seen)
         whole.close()
-        self.ranks.sum_(gram.sum, over_gap, deviation)
+        self.ranks.sum_(over_gap, deviation)
         if deviation is not None:
             deviation.mul_(self.config.alignment)
-        value = gram.value()
         if FORMS.get(self.config.resolved_neuron_metric) == self.config.recovery == "least_squares":
             # Both moments pull at the same optimum.
-            return Moments(value, over_gap if deviation is None else over_gap.add_(deviation), 0.0, weight)
+            return dataclasses.replace(
+                moments, cross=over_gap if deviation is None else over_gap.add_(deviation), own_share=0.0
+            )
         with self.clock("solve"):
-            return Moments(value, deviation, 0.0, refit(weight, value, over_gap, self.config.ridge))
+            weight = refit(moments.weight, moments.gram, over_gap, self.config.ridge)
+            return dataclasses.replace(moments, cross=deviation, own_share=0.0, weight=weight)
+
+    def _reduce(self, index: int, moments: Moments, keep: int, units: Units | None = None) -> Reduction:
+        """Choose and repair; of single channels, in the memory of the moments."""
+        return reduce_channels(
+            moments.weight,
+            moments.gram if units is None else moments.gram.clone(),
+            keep,
+            metric=self.config.resolved_neuron_metric,
+            recovery=self.config.recovery,
+            ridge=self.config.ridge,
+            block_size=self.config.elimination_block,
+            # Of the layer alone, so that a run that is gone on with draws what an undisturbed one draws.
+            generator=torch.Generator().manual_seed(1_000_003 * self.config.seed + index),
+            cross=moments.cross,
+            own_share=moments.own_share,
+            units=None if units is None else units.to(moments.gram.device),
+        )
 
     def _decide(self, index: int, moments: Moments) -> tuple[Reduction, Factors]:
         """Choose and repair in the first process; the others take over what it found."""
         found, factors = None, moments.factors
         if self.ranks.is_first:
             with self.clock("solve"):
-                energy = None if moments.largest is None else moments.gram.diagonal().clone()
-                found = reduce_channels(
-                    moments.weight,
-                    moments.gram,
-                    self.width,
-                    metric=self.config.resolved_neuron_metric,
-                    recovery=self.config.recovery,
-                    ridge=self.config.ridge,
-                    block_size=self.config.elimination_block,
-                    # Of the layer alone, so that a run that is gone on with draws what an undisturbed one draws.
-                    generator=torch.Generator().manual_seed(1_000_003 * self.config.seed + index),
-                    cross=moments.cross,
-                    own_share=moments.own_share,
-                    overwrite=True,
-                )
+                squares = None if moments.largest is None else moments.gram.diagonal().clone()
+                found = self._reduce(index, moments, self.keep[FFN])
                 # Everything after this sees the weight as it is saved.
-                weight = found.weight.to("cpu", self.source.state_dtype)
+                weight = moments.junction.ungained(found.weight).to("cpu", self.source.state_dtype)
                 found = Reduction(found.kept.cpu(), weight, found.scores.cpu(), found.error)
-                factors = self._with_consumer(index, factors, moments.largest, energy, found)
+                factors = self._with_consumer(index, factors, moments.largest, squares, found)
         shared = self.ranks.from_first((found, factors))
         assert shared[0] is not None
         return shared[0], shared[1]
 
     def _with_consumer(
-        self, index: int, factors: Factors, largest: Tensor | None, energy: Tensor | None, found: Reduction
+        self, index: int, factors: Factors, largest: Tensor | None, squares: Tensor | None, found: Reduction
     ) -> Factors:
         """The factors, with those that even out what the neurons that stay give to the consumer."""
-        if self._consumer_fold is None or largest is None or energy is None:
+        if self._consumer_fold is None or largest is None or squares is None:
             return factors
         kept = found.kept
-        scales, _ = find_scales(largest.cpu()[kept], energy.cpu()[kept], self._tokens.numel(), found.weight)
+        scales, _ = find_scales(largest.cpu()[kept], squares.cpu()[kept], self._tokens.numel(), found.weight)
         merged = {name: list(given) for name, given in factors.items()}
-        for name, given in fold_factors(self.source.layers[index], self._consumer_fold, scales).items():
+        after = {FFN: len(kept)}
+        for name, given in fold_factors(self.source.layers[index], after, self._consumer_fold, scales).items():
             merged.setdefault(name, []).extend(given)
         return merged
 
-    def _commit(self, place: int, index: int, found: Reduction, factors: Factors) -> None:
-        with self.clock("write"):
-            if self.source.is_resident or self.ranks.is_first:
-                self.source.commit(index, place, found.kept, found.weight, factors)
-
-    def _update(
-        self,
-        index: int,
-        found: Reduction,
-        own: ActivationStore,
-        inputs: ActivationStore | None,
-    ) -> float:
-        """Bring the hidden states behind the pruned layer; returns the repaired consumer's squared output."""
-        energy = torch.zeros((), dtype=torch.float64, device=self.source.device)
+    def _update(self, index: int, cuts: list[Cut], found: Reduction, junction: Junction) -> float:
+        """Bring the hidden states behind the pruned layer; returns the square of what its consumer contributes."""
+        own, inputs = self._own, self._inputs
+        squares = torch.zeros((), dtype=torch.float64, device=self.source.device)
         kept, weight = found.kept.to(self.source.device), found.weight.to(self.source.device)
         if inputs is not None:
             # Kept columns of the activations that are there already: no second pass through the layer.
             weight = weight.to(self.source.compute_dtype)
             with self.clock("forward"):
                 for rows in self._rows:
-                    new = self._consume(self._read(inputs, rows)[..., kept], weight)
-                    energy += new.float().square().sum(dtype=torch.float64)
+                    new = junction.contribution(self._consume(self._read(inputs, rows)[..., kept], weight))
+                    squares += new.float().square().sum(dtype=torch.float64)
                     own.write(rows, self._read(own, rows) + new)
-            self.ranks.sum_(energy)
-            return float(energy)
-        with self._layer(index) as layer, self.clock("forward"):
-            if self.spec.get_consumer(layer).weight.shape[1] != len(kept):
-                apply_to_layer(self.spec, layer, kept, weight)
-            consumer = self.spec.get_consumer(layer)
-
-            def add(module: torch.nn.Module, args: tuple[Tensor], output: Tensor) -> None:
-                nonlocal energy
-                new = output if consumer.bias is None else output - consumer.bias
-                energy += new.float().square().sum(dtype=torch.float64)
-
-            hook = consumer.register_forward_hook(add)
+            self.ranks.sum_(squares)
+            return float(squares)
+        # A model that is in memory is cut already.
+        cuts = [] if self.source.is_resident else cuts
+        with (
+            self.source.layer(index) as layer,
+            cut_meanwhile(self.family, self._model_config, layer, cuts),
+            self.clock("forward"),
+        ):
             for rows in self._rows:
-                own.write(rows, self._runner.run(index, self._read(own, rows)))
-            hook.remove()
-        self.ranks.sum_(energy)
-        return float(energy)
+                behind, new = self._runner.run_and_watch(index, self.family.ffn.consumer, self._read(own, rows))
+                squares += new.float().square().sum(dtype=torch.float64)
+                own.write(rows, behind)
+        self.ranks.sum_(squares)
+        return float(squares)
 
-    def _record(self, place: int, report: LayerReport, own: ActivationStore, dense: ActivationStore | None) -> None:
-        """Make the layer count as finished, if the run is recorded.
+    def _names(self, index: int, path: str) -> contextlib.AbstractContextManager[None]:
+        return _names_layer(f"{self.family.layers}.{index}.{path}")
 
-        One process alone writes a copy of hidden states that are in memory beside the next layer's work: the disk
-        takes its time. Several have to agree that all have written.
-        """
-        if not self._is_recorded:
-            return
-        with self.clock("write"):
-            self._until_written()
-            states = {"own": own} if dense is None else {"own": own, "dense": dense}
-            if self.ranks.size > 1 or self._plan.spill_states:
-                self._write_state(place, report, states)
-            else:
-                copies = {name: store.copy() for name, store in states.items()}
-                self._writing = self._writer.submit(self._write_state, place, report, copies)
 
-    def _until_written(self) -> None:
-        if self._writing is not None:
-            self._writing.result()
-            self._writing = None
+class _Through:
+    """Takes hidden states through dense layers."""
 
-    def _write_state(self, place: int, report: LayerReport, states: dict[str, ActivationStore]) -> None:
-        for name, store in states.items():
-            store.save(self._state_file(name, place + 1))
-        self.ranks.wait()
-        if self._journal is not None:
-            with durably(self._report_file(place)) as partial:
-                partial.write_text(json.dumps(dataclasses.asdict(report)), encoding="utf-8")
-            self._journal.record(finished=place + 1)
-        self.ranks.wait()
-        for name in ("own", "dense"):
-            self._state_file(name, place).unlink(missing_ok=True)
+    def __init__(self, run: PruningRun, states: ActivationStore):
+        self._run, self._states = run, states
 
-    def _restore(self, done: int, own: ActivationStore, dense: ActivationStore | None) -> None:
-        with self.clock("read"):
-            own.load(self._state_file("own", done))
-            if dense is not None:
-                dense.load(self._state_file("dense", done))
+    def visit(self, index: int, layer: nn.Module) -> None:
+        self._run.through(index, self._states)
 
-    def _recorded(self, place: int) -> LayerReport:
-        return LayerReport(**json.loads(self._report_file(place).read_text(encoding="utf-8")))
+    def leave(self, index: int) -> None:
+        """Nothing is left to do."""
 
-    def _report_file(self, place: int) -> Path:
-        assert self._folder is not None
-        return self._folder / f"layer-{place:05d}.json"
 
-    def _state_file(self, stream: str, finished: int) -> Path:
-        assert self._folder is not None
-        return self._folder / f"{stream}-{self.ranks.rank}-{finished:05d}.bin"
+def units_of(axis: str, counts: Counts, channels: int) -> Units:
+    """The units of an attention axis among the channels that its consumer reads.
+
+    Args:
+        axis: `kv` or `heads`.
+        counts: heads and groups.
+        channels: how many there are.
+    """
+    units = torch.arange(counts[axis])
+    classes = torch.zeros_like(units) if axis == KV else units // (counts[HEADS] // counts[KV])
+    return Units(channels_of(units, channels // counts[axis]).view(counts[axis], -1), classes)
 
 
 @contextlib.contextmanager

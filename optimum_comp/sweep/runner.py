@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from optimum_comp.checkpoint.source import ModelSource
+from optimum_comp.families import Slot
 from optimum_comp.sweep.states import ActivationStore, rows_of
 
 
@@ -41,15 +42,25 @@ class Tap(nn.Module):
 
     In a decoder layer that adds the dense layer's output to its residual stream, what comes out is then the residual
     stream itself, and the dense layer's own product isn't computed in vain.
+
+    Args:
+        slot: the dense layer.
+        layer: the decoder layer.
+        with_bias: return nothing at all if not.
+        stops: the decoder layer ends there (see `LayerRunner.inputs_of`).
     """
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, slot: Slot, layer: nn.Module, *, with_bias: bool = True, stops: bool = False):
         super().__init__()
-        self.empty = linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
+        weight, bias = slot.matrix(layer), getattr(slot.module(layer), "bias", None)
+        self.empty = weight.new_zeros(weight.shape[0]) if bias is None or not with_bias else bias.detach()
         self.inputs: Tensor | None = None
+        self._stops = stops
 
     def forward(self, inputs: Tensor) -> Tensor:
         self.inputs = inputs
+        if self._stops:
+            raise _StopForward
         return self.empty.to(inputs).expand(*inputs.shape[:-1], -1)
 
 
@@ -180,5 +191,49 @@ class LayerRunner:
             exact: with products in the dtype of all else.
         """
         args, kwargs = self._arguments[index]
+        rows = self.source.family.repeated
+        # One sample's are broadcast over a batch, but for those with a row for every sample's head.
+        several = {name: kwargs[name].repeat(len(hidden), 1, 1) for name in rows if kwargs.get(name) is not None}
         with contextlib.nullcontext() if exact else self.products():
-            return first(self.source.layers[index](hidden, *args, **kwargs)).to(hidden.dtype)
+            return first(self.source.layers[index](hidden, *args, **{**kwargs, **several})).to(hidden.dtype)
+
+    def inputs_of(self, index: int, slot: Slot, hidden: Tensor) -> Tensor:
+        """What a dense layer of decoder layer `index` reads, `[batch, length, d_in]`; nothing behind it is run.
+
+        To be called inside `source.layer(index)`.
+
+        Args:
+            index: the layer.
+            slot: the dense layer.
+            hidden: what goes into the decoder layer.
+
+        Raises:
+            RuntimeError: the decoder layer never called it.
+        """
+        layer = self.source.layers[index]
+        tap = Tap(slot, layer, stops=True)
+        with replaced(layer, slot.path, tap), contextlib.suppress(_StopForward):
+            self.run(index, hidden)
+        if tap.inputs is None:
+            raise RuntimeError(f"layer {index} never called its {slot.path}.")
+        return tap.inputs.to(hidden.dtype)
+
+    def run_and_watch(self, index: int, slot: Slot, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Output of decoder layer `index`, and of one of its dense layers without the bias.
+
+        To be called inside `source.layer(index)`.
+
+        Args:
+            index: the layer.
+            slot: the dense layer.
+            hidden: what goes into the decoder layer, `[batch, length, hidden]`.
+        """
+        seen: list[Tensor] = []
+        module = slot.module(self.source.layers[index])
+        hook = module.register_forward_hook(lambda _, inputs, output: seen.append(output))
+        try:
+            behind = self.run(index, hidden)
+        finally:
+            hook.remove()
+        output, bias = seen[0].to(hidden.dtype), getattr(module, "bias", None)
+        return behind, output if bias is None else output - bias
