@@ -61,7 +61,8 @@ class Tap(nn.Module):
         self.inputs = inputs
         if self._stops:
             raise _StopForward
-        return self.empty.to(inputs).expand(*inputs.shape[:-1], -1)
+        # Not a view: a family may add to it in place.
+        return self.empty.to(inputs).expand(*inputs.shape[:-1], -1).clone()
 
 
 class LayerRunner:
@@ -230,7 +231,7 @@ class LayerRunner:
         """
         seen: list[Tensor] = []
         module = slot.module(self.source.layers[index])
-        hook = module.register_forward_hook(lambda _, inputs, output: seen.append(output))
+        hook = module.register_forward_hook(lambda _, inputs, output: seen.append(output.clone()))
         try:
             behind = self.run(index, hidden)
         finally:
