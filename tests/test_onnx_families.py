@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ pytest.importorskip("optimum.onnxruntime")
 from onnx import TensorProto, helper  # noqa: E402
 from optimum.onnxruntime import ORTModelForCausalLM  # noqa: E402
 
+from optimum_comp.bundle import write_bundle  # noqa: E402
 from optimum_comp.onnx import export  # noqa: E402
 from optimum_comp.onnx.cache import cache_shapes, close_cache, open_cache  # noqa: E402
 from optimum_comp.onnx.export import export_onnx  # noqa: E402
@@ -222,6 +224,21 @@ def test_graphs_are_run_with_the_cache_that_their_outputs_tell(exported):
     assert key.shape == (2, 2, PROMPTS.shape[1], 32)
     with torch.no_grad():
         np.testing.assert_allclose(logits, model(PROMPTS).logits.numpy(), atol=1e-4)
+
+
+def test_4_bits_and_a_bundle_of_wide_heads(exported, tmp_path):
+    _, folder, _ = exported("llama-wide")
+    text = torch.randint(3, 128, (4, 32), generator=torch.Generator().manual_seed(2))
+    quantize_onnx(folder, tmp_path / "int4", recipe="int4", tokens=text)
+    write_bundle(tmp_path / "int4", tmp_path / "bundle", target="arm64", genai=False)
+    decoder = json.loads((tmp_path / "bundle" / "genai_config.json").read_text())["model"]["decoder"]
+    assert (decoder["num_key_value_heads"], decoder["head_size"]) == (2, 32)
+    found, expected = (generate(ORTModelForCausalLM.from_pretrained(tmp_path / each)) for each in ("bundle", "int4"))
+    assert torch.equal(found[0], expected[0])
+    _, exact = generate(ORTModelForCausalLM.from_pretrained(folder))
+    # The first step, before tokens part.
+    centred = exact[:, 0] - exact[:, 0].mean(-1, keepdim=True)
+    assert 0 < (found[1][:, 0] - exact[:, 0]).norm() / centred.norm() < 0.3
 
 
 def small_graph(path: Path, *nodes, heads=2) -> Path:
