@@ -27,6 +27,7 @@ from transformers import AutoTokenizer  # noqa: E402
 from transformers.utils import logging as progress  # noqa: E402
 
 from optimum_comp.calibration import read_text, tokenize  # noqa: E402
+from optimum_comp.onnx.cache import cache_shapes  # noqa: E402
 from optimum_comp.onnx.export import export_onnx  # noqa: E402
 from optimum_comp.onnx.quantization import quantize_onnx  # noqa: E402
 
@@ -402,16 +403,10 @@ def prompt(folder: Path) -> Arrays:
     ids = tokenize(AutoTokenizer.from_pretrained(folder), TEXT)[None, :TOKENS].numpy()
     assert ids.shape == (1, TOKENS)
     known = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(TOKENS)[None]}
-    inputs = {}
-    for entry in onnx.load(folder / "model.onnx", load_external_data=False).graph.input:
-        if entry.name in known:
-            inputs[entry.name] = known[entry.name]
-        else:
-            assert entry.name.startswith("past_key_values."), entry.name
-            # [batch, heads, past, width of a head]
-            _, heads, _, width = (size.dim_value for size in entry.type.tensor_type.shape.dim)
-            inputs[entry.name] = np.zeros((1, heads, 0, width), np.float32)
-    return inputs
+    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    # [batch, heads, past, width of a head]
+    empty = {name: np.zeros((1, heads, 0, width), np.float32) for name, (heads, width) in cache_shapes(graph).items()}
+    return {entry.name: (known | empty)[entry.name] for entry in graph.input}
 
 
 @pytest.fixture(scope="module")

@@ -110,6 +110,21 @@ def test_shared_keys_and_values_are_not_repeated(name, tmp_path):
     assert group_heads(graph, infer_shapes(graph)) == 0
 
 
+def test_shapes_that_cannot_be_told_are_left_and_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # Two unknown lengths that are one, or an error.
+    shapes = {"one": ["a"], "other": ["b"], "sum": ["c"]}
+    one, other, result = (onnx.helper.make_tensor_value_info(name, 1, shape) for name, shape in shapes.items())
+    known = onnx.helper.make_tensor_value_info("length", onnx.TensorProto.INT64, [1])
+    nodes = [
+        onnx.helper.make_node("Expand", ["one", "length"], ["expanded"]),
+        onnx.helper.make_node("Add", ["expanded", "other"], ["sum"]),
+    ]
+    model = onnx.helper.make_model(onnx.helper.make_graph(nodes, "graph", [one, other, known], [result]))
+    assert infer_shapes(model) == {}
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_heads_that_something_else_reads_stay_repeated(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path / "torch")
     graph = onnx.load(export_onnx(tmp_path / "torch", tmp_path / "onnx").output / "model.onnx")

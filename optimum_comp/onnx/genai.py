@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import tempfile
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from optimum_comp.onnx.cache import cache_shapes
 from optimum_comp.onnx.folders import MODEL_NAME, copy_companions
 
 
@@ -266,11 +266,7 @@ def _generation_settings(folder: Path) -> dict[str, Any]:
 
 def cache_shape(graph: Any) -> tuple[int, int, int]:
     """Heads and width of the keys that a layer caches, and the number of layers."""
-    shapes = []
-    for value in graph.input:
-        if re.fullmatch(r"past_key_values\.\d+\.(key|value)", value.name):
-            dimensions = value.type.tensor_type.shape.dim
-            shapes.append((dimensions[1].dim_value, dimensions[3].dim_value))
+    shapes = list(cache_shapes(graph).values())
     if not shapes:
         raise ValueError("the graph has no cache (past_key_values.0.key, ...); export it with `export_onnx`.")
     # A fused graph leaves the width open.

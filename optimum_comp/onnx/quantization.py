@@ -19,6 +19,7 @@ from optimum_comp.atomic import atomic_folder
 from optimum_comp.core.rounding import Blocks
 from optimum_comp.families import Family, family_of
 from optimum_comp.onnx.blocks import Assignment, round_weights, store_in_blocks
+from optimum_comp.onnx.cache import open_cache
 from optimum_comp.onnx.calibration import second_moments
 from optimum_comp.onnx.folders import MODEL_NAME, copy_companions, graph_bytes
 from optimum_comp.onnx.graph import (
@@ -97,7 +98,7 @@ def quantize_onnx(
 
     with atomic_folder(output, overwrite=overwrite, sources=[source]) as folder, without_noise():
         model = load_float_graph(source / MODEL_NAME)
-        plan = plan or plan_of(model, settings, _family(source), tokens)
+        plan = plan or plan_of(model, settings, _family(source, settings), tokens)
         store_in_blocks(model, plan.assignment, rounded=plan.rounded, use_hqq=settings.rounding == "hqq")
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             prepared = Path(scratch) / MODEL_NAME
@@ -109,6 +110,7 @@ def quantize_onnx(
             del model
             _run_ort_quantizer(prepared, folder, settings, processor, excluded, large)
         _check_and_trim(folder / MODEL_NAME, large)
+        open_cache(folder)
         _record_recipe(folder / "ort_config.json", recipe, target, settings, plan)
         shutil.copyfile(source / "config.json", folder / "config.json")
         copy_companions(source, folder)
@@ -132,23 +134,25 @@ class Plan:
     left_in_float: Sequence[str] = ()
 
 
-def plan_of(model: Any, recipe: Recipe, family: Family, tokens: Tensor | None) -> Plan:
+def plan_of(model: Any, recipe: Recipe, family: Family | None, tokens: Tensor | None) -> Plan:
     """A recipe's own choice for a model.
 
     Args:
         model: a float ONNX model.
         recipe: the recipe.
-        family: whose names the model's nodes bear.
+        family: whose names the model's nodes bear; recipes that treat all layers alike need none.
         tokens: calibration samples `[samples, length]`.
     """
+    attention = family.attention if family is not None and recipe.attention is not None else ()
+    consumer = family.ffn.consumer.path if family is not None and recipe.consumers_only else None
     assignment = {}
     for node in dense_nodes(model.graph):
         form = recipe.layers
         if node.is_head:
             form = recipe.head
-        elif recipe.attention is not None and any(_names(node.name, path) for path in family.attention):
+        elif any(_names(node.name, path) for path in attention):
             form = recipe.attention
-        if form is not None and (not recipe.consumers_only or _names(node.name, family.ffn.consumer.path)):
+        if form is not None and (consumer is None or _names(node.name, consumer)):
             assignment[node.name] = form
     if recipe.rounding != "compensated" or tokens is None:
         return Plan(assignment)
@@ -198,10 +202,12 @@ def _run_ort_quantizer(
     )
 
 
-def _family(folder: Path) -> Family:
+def _family(folder: Path, recipe: Recipe) -> Family | None:
+    """The model's family, where the recipe treats some of its layers in their own way."""
     from transformers import AutoConfig
 
-    return family_of(AutoConfig.from_pretrained(folder))
+    by_name = recipe.attention is not None or recipe.consumers_only
+    return family_of(AutoConfig.from_pretrained(folder)) if by_name else None
 
 
 def _check_and_trim(path: Path, large: bool) -> None:

@@ -8,9 +8,7 @@ from typing import Any
 
 import numpy as np
 
-
-PAST, PRESENT = "past_key_values", "present"
-"""What the names of a cache begin with where a graph reads it, and where it writes it."""
+from optimum_comp.onnx.cache import HEADS, PAST, PRESENT, WIDTH
 
 
 def require_onnxruntime() -> None:
@@ -36,6 +34,9 @@ def require_onnxruntime() -> None:
 def load_onnx(path: str | Path, threads: int | None = None, **kwargs: Any) -> Any:
     """`ORTModelForCausalLM` on the CPU.
 
+    Graphs of this package run in it as it is (see `open_cache`); one of Optimum's own export may insist on heads and
+    width of a cache that the class works out wrong, and they are corrected here.
+
     Args:
         path: an ONNX folder.
         threads: threads inside an operator; `None` leaves ONNX Runtime's default.
@@ -51,9 +52,13 @@ def load_onnx(path: str | Path, threads: int | None = None, **kwargs: Any) -> An
     options = SessionOptions()
     if threads is not None:
         options.intra_op_num_threads = threads
-    return ORTModelForCausalLM.from_pretrained(
+    model = ORTModelForCausalLM.from_pretrained(
         path, provider="CPUExecutionProvider", session_options=options, **kwargs
     )
+    shape = model.input_shapes.get(f"{PAST}.0.key", ())
+    if len(shape) == 4 and isinstance(shape[HEADS], int) and isinstance(shape[WIDTH], int):
+        model.num_key_value_heads, model.embed_size_per_head = shape[HEADS], shape[WIDTH]
+    return model
 
 
 class GraphRunner:
@@ -71,6 +76,7 @@ class GraphRunner:
         options.log_severity_level = 3
         self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self._inputs = {each.name: each.shape for each in self._session.get_inputs()}
+        self._outputs = {each.name: each.shape for each in self._session.get_outputs()}
         self._cache_shape = cache_shape
 
     @property
@@ -104,10 +110,16 @@ class GraphRunner:
         if name == "position_ids":
             return np.broadcast_to(np.arange(start, start + length), (batch, length)).copy()
         if name.startswith(PAST):
-            _, heads, _, width = self._inputs[name]
-            heads, width = self._cache_shape or (heads, width)
+            heads, width = self._cache_shape or (self._size(name, HEADS), self._size(name, WIDTH))
             return np.zeros((batch, heads, 0, width), np.float32)
         raise ValueError(f"the graph has an input {name!r} that isn't known here.")
+
+    def _size(self, name: str, place: int) -> int:
+        """A dimension of a past, as the input or the output that continues it says."""
+        for shape in (self._inputs[name], self._outputs.get(name.replace(PAST, PRESENT, 1))):
+            if shape is not None and isinstance(shape[place], int):
+                return int(shape[place])
+        raise ValueError(f"the graph doesn't say the shape of its cache {name!r}; give cache_shape.")
 
 
 class CachedDecoder:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from optimum_comp.onnx.cache import close_cache
 from optimum_comp.utils import get_logger
 
 
@@ -118,11 +120,17 @@ class _Folding:
         return self._added[value]
 
 
-def constants(graph: Any) -> dict[str, Any]:
-    """Name -> value of small constants, whichever way the graph has them."""
+def constants(graph: Any, folder: str | Path = "") -> dict[str, Any]:
+    """Name -> value of small constants, whichever way the graph has them.
+
+    Args:
+        graph: of a model.
+        folder: where the weights are that lie in a file of their own.
+    """
     from onnx import numpy_helper
 
-    found = {t.name: numpy_helper.to_array(t) for t in graph.initializer if math.prod(t.dims) <= _SHAPE_VALUES}
+    small = [tensor for tensor in graph.initializer if math.prod(tensor.dims) <= _SHAPE_VALUES]
+    found = {tensor.name: numpy_helper.to_array(tensor, base_dir=str(folder)) for tensor in small}
     for node in graph.node:
         if node.op_type == "Constant" and node.attribute[0].name == "value":
             found[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
@@ -160,8 +168,8 @@ def expand_target(before: Sequence[Dimension], after: Sequence[Dimension]) -> tu
 def infer_shapes(model: Any) -> dict[str, list[Dimension]]:
     """Name of each activation -> its shape as far as it is known.
 
-    Nothing is known of a graph that has graphs inside (loops, branches), or an operator that ONNX Runtime's inference
-    of shapes doesn't know.
+    Nothing is known of a graph that has graphs inside (loops, branches), or an operator or a shape that ONNX Runtime's
+    inference of shapes can't make out (Cohere's rotary embedding).
     """
     import onnx
     from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
@@ -175,16 +183,26 @@ def infer_shapes(model: Any) -> dict[str, list[Dimension]]:
     skeleton.graph.node.extend(graph.node)
     skeleton.graph.input.extend(graph.input)
     skeleton.graph.output.extend(graph.output)
+    close_cache(skeleton.graph)
     for tensor in graph.initializer:
         if math.prod(tensor.dims) <= _SHAPE_VALUES:
             skeleton.graph.initializer.append(tensor)
         else:
             skeleton.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
     try:
-        inferred = SymbolicShapeInference.infer_shapes(skeleton).graph
+        # In the steps of its `infer_shapes`, which leaves a file in the working directory where it gets stuck.
+        inference, complete = SymbolicShapeInference(2**31 - 1, False, False, 0), False
+        inference._preprocess(skeleton)
+        while inference.run_:
+            complete = inference._infer_impl()
+        inference._update_output_from_vi()
+        inferred = inference.out_mp_.graph
     # What it raises where it doesn't know an operator is of no narrower class.
     except Exception as error:
         logger.info("Shapes are worked out at every run: %s", error)
+        return {}
+    if not complete:
+        logger.info("Shapes are worked out at every run: some of them can't be told beforehand.")
         return {}
     values = [*inferred.value_info, *inferred.input, *inferred.output]
     tensors = {value.name: value.type.tensor_type for value in values}
