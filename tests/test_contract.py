@@ -54,9 +54,9 @@ def everything(name: str) -> dict[str, object]:
     if not axes:
         return {"sparsity": 0.3, "layer_fraction": 1.0}
     return {
-        "sparsity": 0.55,
-        "layer_fraction": 0.46 if LAYERS in may else 0.0,
-        "attention_fraction": 0.4 if {KV, HEADS} & set(may) else 0.0,
+        "sparsity": 0.45,
+        "layer_fraction": 0.56 if LAYERS in may else 0.0,
+        "attention_fraction": 0.44 if {KV, HEADS} & set(may) else 0.0,
         "axes": axes,
     }
 
