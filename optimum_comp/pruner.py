@@ -19,6 +19,7 @@ from optimum_comp.atomic import JOURNAL, atomic_folder, check_folder, check_mode
 from optimum_comp.calibration import SELF, Calibration, CalibrationSource, prepare_calibration, source_name
 from optimum_comp.checkpoint.parts import join_parts
 from optimum_comp.checkpoint.reader import weight_files
+from optimum_comp.checkpoint.rope import require_portable
 from optimum_comp.checkpoint.tokenizer import has_tokenizer
 from optimum_comp.checkpoint.writer import fill_folder, upload
 from optimum_comp.configuration import CompConfig
@@ -108,7 +109,10 @@ class CompPruner:
         if isinstance(model, nn.Module):
             if not getattr(model, "can_generate", lambda: False)():
                 raise ValueError(f"{type(model).__name__} is not a causal language model of transformers.")
-            return cls(ResidentModel(model.eval(), family_of(model.config)), tokenizer)
+            own: Any = model.config
+            spec = family_of(own)
+            require_portable(own.to_dict(), type(model).__name__)
+            return cls(ResidentModel(model.eval(), spec), tokenizer)
         name = str(model)
         check_model(name)
         lookup = lookup_arguments(kwargs)
