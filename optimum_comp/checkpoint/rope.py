@@ -21,6 +21,7 @@ _TWO_ROPES = ("gemma3_text",)
 _STRETCHED = ("yarn", "longrope", "llama3")
 """Types that know the length before stretching."""
 _TYPES_OF_4 = ("default", "linear", "dynamic", *_STRETCHED)
+_MAJOR = int(transformers.__version__.split(".")[0])
 
 
 def version_4_fields(config: dict[str, Any]) -> dict[str, Any]:
@@ -156,7 +157,7 @@ def require_portable(config: dict[str, Any], name: str) -> None:
             something else than `rope_parameters`.
     """
     both = portable(config)
-    if int(transformers.__version__.split(".")[0]) >= 5 or not config.get("rope_parameters"):
+    if _MAJOR >= 5 or not config.get("rope_parameters"):
         return
     lines = {key: value for key, value in both.items() if _plain(config.get(key)) != _plain(value)}
     if lines:
