@@ -1,6 +1,7 @@
-# Everything runs in .venv, which the first target that needs it makes.
+# Everything runs in .venv (with transformers 5: in .venv-t5), which the first target that needs it makes.
 PYTHON ?= python3
 VENV ?= .venv
+VENV5 ?= .venv-t5
 MODEL ?= smollm2
 SPARSITY ?= 0.2
 TEXT ?=
@@ -8,17 +9,23 @@ OUT ?= out
 
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
+READY5 = $(VENV5)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-arm64 lint types check install bench clean
+.PHONY: help demo test test-transformers5 test-slow test-arm64 lint types check install bench clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(READY5): pyproject.toml constraints-transformers5.txt
+	$(PYTHON) -m venv $(VENV5)
+	$(VENV5)/bin/python -m pip install --quiet -c constraints-transformers5.txt -e '.[test]'
 	touch $@
 
 install: $(READY)  ## Make .venv with everything in it
@@ -31,6 +38,11 @@ demo: $(READY) models/smollm2/config.json  ## Prune SmolLM2-135M, export, quanti
 
 test: $(READY)  ## Run the default tests
 	$(BIN)/python -m pytest
+
+# Left out, to save minutes: launchers, which transformers has no part in, and the command line's arguments. The command
+# line itself is what the tests of interrupted runs start.
+test-transformers5: $(READY5)  ## Run the default tests that need no ONNX, with transformers 5
+	COMP_TEST_WITHOUT_ONNX=1 $(VENV5)/bin/python -m pytest --ignore tests/test_distributed.py --ignore tests/test_cli.py
 
 test-slow: $(READY) models/smollm2/config.json  ## Run the tests on the real model
 	COMP_TEST_MODEL=models/smollm2 $(BIN)/python -m pytest -m slow
@@ -51,5 +63,5 @@ bench: $(READY) models/smollm2/config.json  ## Cost of pruning, its quality, and
 	$(BIN)/python benchmarks/quality.py --model models/smollm2 $(if $(TEXT),--calibration $(TEXT):0:0.6 --text $(TEXT):0.6:1)
 	$(BIN)/python benchmarks/speed.py --model models/smollm2 --report $(OUT)/speed $(if $(TEXT),--text $(TEXT))
 
-clean:  ## Remove what was made, but for .venv, .arm64 and models
+clean:  ## Remove what was made, but for .venv, .venv-t5, .arm64 and models
 	rm -rf $(OUT) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

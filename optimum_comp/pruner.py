@@ -19,6 +19,7 @@ from optimum_comp.calibration import SELF, Calibration, CalibrationSource, prepa
 from optimum_comp.checkpoint.opening import find_device, open_source
 from optimum_comp.checkpoint.parts import join_parts
 from optimum_comp.checkpoint.reader import weight_files
+from optimum_comp.checkpoint.rope import require_portable
 from optimum_comp.checkpoint.source import ModelSource, ResidentModel, StreamedModel, find_matmul_dtype, part_name
 from optimum_comp.checkpoint.tokenizer import has_tokenizer
 from optimum_comp.checkpoint.writer import fill_folder, upload
@@ -111,7 +112,10 @@ class CompPruner:
         if isinstance(model, nn.Module):
             if not getattr(model, "can_generate", lambda: False)():
                 raise ValueError(f"{type(model).__name__} is not a causal language model of transformers.")
-            return cls(ResidentModel(model.eval(), family_of(model.config)), tokenizer)
+            own: Any = model.config
+            family = family_of(own)
+            require_portable(own.to_dict(), type(model).__name__)
+            return cls(ResidentModel(model.eval(), family), tokenizer)
         name = str(model)
         check_model(name)
         lookup = lookup_arguments(kwargs)

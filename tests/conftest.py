@@ -17,6 +17,8 @@ from transformers import (
     Qwen2Config,
 )
 
+from optimum_comp.onnx.runtime import require_onnxruntime
+
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -36,6 +38,22 @@ TINY_CONFIGS = {
     "opt": lambda: OPTConfig(**SIZES, **IDS, ffn_dim=96, word_embed_proj_dim=64),
     "opt-post-norm": lambda: OPTConfig(**SIZES, **IDS, ffn_dim=96, word_embed_proj_dim=32, do_layer_norm_before=False),
 }
+
+
+def need_onnx() -> None:
+    """Skip what needs the exporter where `make test-transformers5` says that there is none.
+
+    Anywhere else its absence is an error, so that none is left out by mistake. Single tests are marked `onnx`; modules
+    that hold nothing else call this before they import.
+    """
+    if os.environ.get("COMP_TEST_WITHOUT_ONNX"):
+        pytest.skip("COMP_TEST_WITHOUT_ONNX is set", allow_module_level=True)
+    require_onnxruntime()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("onnx"):
+        need_onnx()
 
 
 def run(*arguments: object, check: bool = True, **kwargs) -> subprocess.CompletedProcess[str]:

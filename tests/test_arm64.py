@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 import torch
 from arm64.setup_emulator import CPU_TYPES, Emulator, EmulatorUnavailableError, set_up
+from conftest import need_onnx
 
 
-onnx = pytest.importorskip("onnx")
-pytest.importorskip("optimum.onnxruntime")
+need_onnx()
 
+import onnx  # noqa: E402
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 from transformers.utils import logging as progress  # noqa: E402

@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import IDS, SIZES, tiny_model, tiny_tokenizer
+from conftest import IDS, SIZES, need_onnx, tiny_model, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 
-onnx = pytest.importorskip("onnx")
-pytest.importorskip("optimum.onnxruntime")
+need_onnx()
 
+import onnx  # noqa: E402
 from optimum.onnxruntime import ORTModelForCausalLM  # noqa: E402
 
 from optimum_comp.bundle import FUSED_NAME, MANIFEST, BundleError, verify_bundle, write_bundle  # noqa: E402

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 
@@ -121,9 +122,9 @@ def test_a_folder_that_is_not_there_is_said_at_once(command, tiny_folder, tmp_pa
     assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
 
 
+@pytest.mark.onnx
 @pytest.mark.parametrize("place", ["", "phone"])
 def test_a_bundle_in_the_output_is_refused_at_once(place, tiny_folder, tmp_path):
-    pytest.importorskip("optimum.onnxruntime")
     output = tmp_path / "out"
     done = run("compress", "--model", tiny_folder, "--bundle", output / place, output, check=False)
     assert done.returncode == 1 and "are one folder, or one holds the other" in done.stderr
@@ -172,6 +173,7 @@ def test_eval_and_bench(tiny_folder, text, tmp_path):
     assert "decode tok/s" in done.stdout
 
 
+@pytest.mark.onnx
 def test_compress_and_quantize(tiny_folder, text, tmp_path):
     measuring = ("--text", text, "--window", 32, "--prompt-tokens", 16, "--new-tokens", 4, "--repeats", 1)
     given = ("--model", tiny_folder, "--calibration", text, "--sparsity", 0.3, *SMALL, *measuring, "--prompt", "Hi")
@@ -208,6 +210,7 @@ def test_compress_and_quantize(tiny_folder, text, tmp_path):
     assert "recipe='int2' is not valid: it must be one of int8" in bad.stderr
 
 
+@pytest.mark.onnx
 def test_quantize_to_4_bits_and_to_a_budget(tiny_folder, text, tmp_path):
     given = ("--calibration", text, "--num-samples", 4, "--sequence-length", 32)
     run("quantize", "--model", tiny_folder, "--weights", "int4", "--target", "arm64", *given, tmp_path / "q4")
@@ -223,6 +226,7 @@ def test_quantize_to_4_bits_and_to_a_budget(tiny_folder, text, tmp_path):
     assert run("eval", "--model", tmp_path / "budget", "--text", text, "--window", 32, "--prompt-tokens", 0).stdout
 
 
+@pytest.mark.onnx
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -242,6 +246,17 @@ def test_quantization_that_cannot_be_is_one_line(options, said, tiny_folder, tex
     assert said in error
     assert "Traceback" not in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["text.txt", "tiny-llama"]
+
+
+@pytest.mark.parametrize("command", ["quantize", "compress"])
+def test_without_onnx_runtime_it_is_said_at_once(command, tiny_folder, tmp_path):
+    (tmp_path / "hidden").mkdir()
+    (tmp_path / "hidden" / "onnxruntime.py").write_text("raise ImportError('none here')")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "hidden")}
+    done = run(command, "--model", tiny_folder, tmp_path / "out", check=False, env=environment)
+    assert done.returncode == 1 and "pip install 'optimum-comp[onnxruntime]'" in done.stderr
+    assert "none here" in done.stderr and "Traceback" not in done.stderr
+    assert "Pruning" not in done.stderr and not (tmp_path / "out").exists()
 
 
 def test_bench_writes_a_report(tiny_folder, text, tmp_path):

@@ -1,4 +1,4 @@
-"""One contract for every family: prune along every axis, save, reload in plain transformers, generate, export, quantize.
+"""One contract for every family: prune along every axis, save, reload in plain transformers, export, quantize.
 
 The table in docs/families.md says what these tests found; `make families` writes it.
 """
@@ -288,7 +288,7 @@ def test_a_config_that_ignores_what_it_is_told_is_found_out_before_the_run(model
         )
     monkeypatch.setitem(FAMILIES, model_type, dataclasses.replace(family, axes=axes, refusals=()))
     name = next(each for each, (kind, _) in CONFIGS.items() if kind == model_type)
-    with pytest.raises(ValueError, match="a config of .* can't say what the pruned model would be"):
+    with pytest.raises(ValueError, match=r"a config of .* can't say what the pruned model would be"):
         model = tiny_family(name)
         model.config.num_key_value_heads = getattr(model.config, "num_key_value_heads", 4)
         CompPruner.from_pretrained(model).prune(CompConfig(**SETTINGS, **VARIANTS[KV]), tiny_blocks())

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import IDS, SIZES, TINY_CONFIGS, tiny_model
+from conftest import IDS, SIZES, TINY_CONFIGS, need_onnx, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
 from transformers.utils import logging as progress
 
 
-onnx = pytest.importorskip("onnx")
-pytest.importorskip("optimum.onnxruntime")
+need_onnx()
 
+import onnx  # noqa: E402
 from onnx import numpy_helper  # noqa: E402
 from optimum.onnxruntime import ORTConfig, ORTModelForCausalLM, ORTQuantizer  # noqa: E402
 from optimum.onnxruntime.configuration import AutoQuantizationConfig  # noqa: E402

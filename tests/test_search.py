@@ -4,23 +4,22 @@ import json
 
 import pytest
 import torch
-from conftest import IDS, SIZES, tiny_model
+from conftest import IDS, SIZES, need_onnx, tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 
-pytest.importorskip("onnx")
-pytest.importorskip("optimum.onnxruntime")
+need_onnx()
 
-from optimum_comp.core.gram import GramAccumulator
-from optimum_comp.evaluation import perplexity
-from optimum_comp.onnx.calibration import second_moments
-from optimum_comp.onnx.export import export_onnx
-from optimum_comp.onnx.folders import graph_bytes
-from optimum_comp.onnx.graph import dense_nodes, load_float_graph
-from optimum_comp.onnx.quantization import quantize_onnx
-from optimum_comp.onnx.recipes import BUDGET, Format
-from optimum_comp.onnx.runtime import load_onnx
-from optimum_comp.onnx.search import Budget, search
+from optimum_comp.core.gram import GramAccumulator  # noqa: E402
+from optimum_comp.evaluation import perplexity  # noqa: E402
+from optimum_comp.onnx.calibration import second_moments  # noqa: E402
+from optimum_comp.onnx.export import export_onnx  # noqa: E402
+from optimum_comp.onnx.folders import graph_bytes  # noqa: E402
+from optimum_comp.onnx.graph import dense_nodes, load_float_graph  # noqa: E402
+from optimum_comp.onnx.quantization import quantize_onnx  # noqa: E402
+from optimum_comp.onnx.recipes import BUDGET, Format  # noqa: E402
+from optimum_comp.onnx.runtime import load_onnx  # noqa: E402
+from optimum_comp.onnx.search import Budget, search  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_CONFIGS, tiny_model
+from conftest import TINY_CONFIGS, need_onnx, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
 
-onnx = pytest.importorskip("onnx")
-pytest.importorskip("optimum.onnxruntime")
+need_onnx()
+
+import onnx  # noqa: E402
 
 from optimum_comp.onnx.attention import group_heads  # noqa: E402
 from optimum_comp.onnx.export import export_onnx  # noqa: E402

@@ -9,17 +9,19 @@ import platform
 import struct
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY_CONFIGS, tiny_blocks, tiny_model, tiny_tokenizer
+from conftest import IDS, SIZES, TINY_CONFIGS, tiny_blocks, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
 from optimum_comp import CompConfig, CompPruner
 from optimum_comp.checkpoint.opening import find_device
 from optimum_comp.checkpoint.parts import join_parts, write_part
-from optimum_comp.checkpoint.source import find_matmul_dtype
+from optimum_comp.checkpoint.reader import Checkpoint
+from optimum_comp.checkpoint.source import StreamedModel, empty_model, find_matmul_dtype
 from optimum_comp.evaluation import load_model
 from optimum_comp.sweep.memory import parse_bytes, plan_memory, workload_of
 from optimum_comp.sweep.states import ActivationStore
@@ -156,6 +158,20 @@ def test_a_checkpoint_of_the_bare_decoder_is_found(tmp_path):
     pruner = CompPruner.from_pretrained(tmp_path / "dense")
     pruner.prune(CompConfig(**CONFIG), tiny_blocks(8, 32), output=tmp_path / "out")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.ffn_dim < 96
+
+
+def test_a_weight_is_read_and_written_by_its_name_on_disk(tmp_path):
+    """Transformers 5 calls GPT-NeoX's head otherwise in memory."""
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(**SIZES, **IDS, intermediate_size=96)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    spec = SimpleNamespace(layers="gpt_neox.layers")
+    source = StreamedModel(empty_model(config, torch.float32), spec, Checkpoint.open(tmp_path), torch.device("cpu"))
+    source.parts = tmp_path
+    written = {name: tensor for part in source.write_outside() for name, tensor in load_file(part).items()}
+    dense = load_file(tmp_path / "model.safetensors")
+    assert {name for name in dense if ".layers." not in name} == written.keys() >= {"embed_out.weight"}
+    assert all(torch.equal(dense[name], tensor) for name, tensor in written.items())
 
 
 def rewrite_header(path, change) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from optimum_comp.atomic import check_model
 from optimum_comp.checkpoint.reader import Checkpoint, require_safetensors, resolve_folder, weight_files
+from optimum_comp.checkpoint.rope import require_portable
 from optimum_comp.checkpoint.source import ModelSource, ResidentModel, StreamedModel, empty_model
 from optimum_comp.families import Family, family_of
 from optimum_comp.utils import get_logger
@@ -35,13 +36,15 @@ def open_source(
 
     Raises:
         ValueError: it isn't a decoder-only language model of a supported family, or is quantized; its weights are a
-            pickle, or its files don't fit together (names file and tensor).
+            pickle, or its files don't fit together (names file and tensor); its rotary settings can't be said in the
+            words of both major versions of transformers.
         OSError: there are no weights.
     """
     from transformers import AutoModelForCausalLM
 
     # By the config alone, before gigabytes of weights are downloaded or read.
     family = family_of(config)
+    require_portable(config.to_dict(), name)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{name} is quantized already; give the checkpoint that it was made from.")
     trusts_pickle = kwargs.get("use_safetensors") is False

@@ -227,7 +227,7 @@ class StreamedModel(ModelSource):
         written = []
         for number, name in enumerate(self.outside_names()):
             written.append(self.parts / f"outside-{number:05d}.safetensors")
-            write_part({name: self.read(name).contiguous()}, written[-1])
+            write_part({_saved_name(self.model, name): self.read(name).contiguous()}, written[-1])
         return written
 
     def read(self, name: str) -> Tensor:
@@ -310,6 +310,16 @@ def empty_model(config: Any, dtype: torch.dtype, *, kind: Any = None, **argument
     return model.eval()
 
 
+def _saved_name(model: Any, name: str) -> str:
+    """The name of a weight on disk: transformers 5 renames some as it loads a model, and back as it saves it."""
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:
+        return name
+    (saved,) = revert_weight_conversion(model, {name: model.get_parameter(name)})
+    return str(saved)
+
+
 def stored_names(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
     """For each weight of the model (tied ones once), the name that the checkpoint's files give it.
 
@@ -324,8 +334,11 @@ def stored_names(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
     # Checkpoints of the bare decoder leave the causal model's prefix away.
     prefix = f"{model.base_model_prefix}."
     names: dict[str, str] = {}
+    known: set[str] = set()
     for key, aliases in shared.items():
-        candidates = [*aliases, *(name.removeprefix(prefix) for name in aliases)]
+        saved = [_saved_name(model, name) for name in aliases]
+        known |= {*aliases, *saved}
+        candidates = [*aliases, *saved, *(name.removeprefix(prefix) for name in aliases)]
         found = next((name for name in candidates if name in checkpoint.tensors), None)
         if found is None:
             raise ValueError(f"{aliases[0]} is missing from the checkpoint in {checkpoint.folder.name}. Get it anew.")
@@ -336,7 +349,6 @@ def stored_names(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
                 f"{list(shapes[key])}."
             )
         names[aliases[0]] = found
-    known = {name for aliases in shared.values() for name in aliases}
     unknown = sorted(set(checkpoint.tensors) - known - {name.removeprefix(prefix) for name in known})
     # Buffers that old versions of transformers stored; today's compute them.
     unknown = [

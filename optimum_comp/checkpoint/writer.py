@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from optimum_comp.checkpoint.rope import portable
 from optimum_comp.checkpoint.tokenizer import save_tokenizer
 from optimum_comp.configuration import CompConfig
 from optimum_comp.report.model_card import model_card
@@ -56,22 +57,12 @@ def upload(folder: Path, repo_id: str, **kwargs: Any) -> str:
 
 
 def write_portable_config(path: Path) -> None:
-    """Write the rotary settings in the words of transformers 4 and of transformers 5.
+    """Write the rotary settings in the words of transformers 4 and of transformers 5, whoever wrote the file.
 
-    Version 5 writes `rope_parameters` only; version 4 then silently takes its default `rope_theta`. Version 4 writes
-    `rope_theta` and `rope_scaling`, which version 5 still reads; `rope_parameters` is added for symmetry, so that
-    the folder is the same whoever wrote it.
+    Raises:
+        ValueError: what the file says in one can't be said in the other.
     """
-    config = json.loads(path.read_text(encoding="utf-8"))
-    parameters = config.get("rope_parameters")
-    if parameters and "rope_theta" in parameters:
-        config["rope_theta"] = parameters["rope_theta"]
-        scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
-        config["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
-    elif config.get("rope_theta") is not None and parameters is None:
-        scaling = dict(config.get("rope_scaling") or {"rope_type": "default"})
-        scaling.setdefault("rope_type", scaling.pop("type", "default"))
-        config["rope_parameters"] = {"rope_theta": config["rope_theta"], **scaling}
-    else:
-        return
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    written = json.loads(path.read_text(encoding="utf-8"))
+    config = portable(written)
+    if config != written:
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from optimum_comp.atomic import atomic_folder, check_model
 from optimum_comp.checkpoint.reader import require_safetensors
+from optimum_comp.checkpoint.rope import require_portable
 from optimum_comp.onnx.cache import open_cache
 from optimum_comp.onnx.folders import copy_companions, graph_bytes
 from optimum_comp.onnx.noise import without_noise
@@ -107,14 +107,7 @@ def check_checkpoint(source: Path) -> None:
 def _check_source(source: Path) -> None:
     check_checkpoint(source)
     path = source / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    rope = config.get("rope_parameters") or {}
-    if "rope_theta" in rope and "rope_theta" not in config and int(transformers.__version__.split(".")[0]) < 5:
-        raise ValueError(
-            f"{path} was written by transformers 5: it has rope_parameters and no rope_theta, and transformers "
-            f"{transformers.__version__} would silently read a rope_theta of 10000. Add the line "
-            f'"rope_theta": {rope["rope_theta"]} to it.'
-        )
+    require_portable(json.loads(path.read_text(encoding="utf-8")), str(path))
 
 
 @dataclass(frozen=True)
