@@ -35,12 +35,12 @@ def test_a_model_that_knows_the_text_has_low_perplexity():
 def test_evaluation_in_a_process_of_its_own(tiny_folder, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("The cat sat on the mat. " * 60)
-    result = evaluate_apart(tiny_folder, Settings(text=str(text), prompt="Hello?", threads=1, **SETTINGS))
-    here = evaluate(tiny_folder, Settings(text=str(text), prompt="Hello?", threads=1, **SETTINGS))
+    result = evaluate_apart(tiny_folder, Settings(text=str(text), prompts=("Hello?", "And?"), threads=1, **SETTINGS))
+    here = evaluate(tiny_folder, Settings(text=str(text), prompts=("Hello?", "And?"), threads=1, **SETTINGS))
     assert result.perplexity == pytest.approx(here.perplexity, rel=1e-5)
     assert (result.predictions, result.window, result.text) == (620, 32, "text.txt")
     assert result.text_sha256 == here.text_sha256
-    assert result.answer == here.answer
+    assert result.answers == here.answers and [each["prompt"] for each in result.answers] == ["Hello?", "And?"]
     assert result.runtime == "pytorch"
     assert result.parameters == sum(p.numel() for p in tiny_model("llama").parameters())
     assert result.size_bytes == (tiny_folder / "model.safetensors").stat().st_size
