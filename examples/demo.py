@@ -30,11 +30,7 @@ QUESTIONS = (
     "What is the capital of France, and what is it known for?",
     "Name three things to take along on a rainy day.",
 )
-BEGINNINGS = (
-    "The sky is blue because",
-    "The capital of France is",
-    "On a rainy day, you should always take along",
-)
+BEGINNINGS = ("Gravity is", "Photosynthesis is the process by which", "On a rainy day, you should always take along")
 """The same for a model that has no chat template: it goes on with what it is given."""
 
 

