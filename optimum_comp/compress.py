@@ -110,6 +110,7 @@ class Compression:
         """The table and what is to be said about it."""
         lines = [evaluation_table(self.stages)]
         if self.costs:
+            lines.append("What each step took:")
             lines.append("\n".join(f"- {name}: {cost}" for name, cost in self.costs.items()))
         loss = self.quantization_loss
         if loss is not None:

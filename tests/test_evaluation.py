@@ -72,7 +72,17 @@ def test_short_text_is_refused(tiny_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "bad", [{"window": 1}, {"max_tokens": 5}, {"new_tokens": 1}, {"repeats": 0}, {"threads": 0}, {"prompt_tokens": -1}]
+    "bad",
+    [
+        {"prompts": "Hi"},
+        {"begin": "maybe"},
+        {"window": 1},
+        {"max_tokens": 5},
+        {"new_tokens": 1},
+        {"repeats": 0},
+        {"threads": 0},
+        {"prompt_tokens": -1},
+    ],
 )
 def test_settings_are_checked(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
