@@ -30,11 +30,11 @@ $(READY5): pyproject.toml constraints-transformers5.txt
 
 install: $(READY)  ## Make .venv with everything in it
 
-models/smollm2/config.json: | $(READY)
-	$(BIN)/python examples/get_smollm2.py models/smollm2
+models/%/config.json: | examples/get_%.py $(READY)
+	$(BIN)/python examples/get_$*.py models/$*
 
-demo: $(READY) models/smollm2/config.json  ## Prune SmolLM2-135M, export, quantize, let it talk, print the report (TEXT=file, SPARSITY=0.2)
-	$(BIN)/python examples/demo.py --model models/smollm2 --sparsity $(SPARSITY) $(if $(TEXT),--text $(TEXT)) $(OUT)/demo
+demo: $(READY) models/$(MODEL)/config.json  ## Prune SmolLM2-135M, export, quantize, let it talk, print the report (MODEL=gemma3, TEXT=file, SPARSITY=0.2)
+	$(BIN)/python examples/demo.py --model models/$(MODEL) --sparsity $(SPARSITY) $(if $(TEXT),--text $(TEXT)) $(OUT)/demo
 
 test: $(READY)  ## Run the default tests
 	$(BIN)/python -m pytest

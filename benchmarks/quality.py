@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_comp import CompConfig, CompPruner
+from optimum_comp.beginning import decide, losses_of_model, spread
 from optimum_comp.calibration import PYDOC, SELF, read_text, tokenize
 from optimum_comp.configuration import PRESETS
 from optimum_comp.evaluation import perplexity
@@ -48,12 +49,17 @@ def main() -> None:
     settings = (setting.partition("=") for setting in args.set)
     fields = {key: float(value) if "." in value else int(value) for key, _, value in settings}
 
-    def measure(model: torch.nn.Module) -> list[float]:
-        return [perplexity(model, tokens, args.window)[0] for tokens in texts.values()]
+    model = AutoModelForCausalLM.from_pretrained(args.model).eval()
+    pieces = spread(next(iter(texts.values())), args.window)
+    start = decide("auto", tokenizer, pieces, losses_of_model(model), "Windows").tokens
 
-    dense = measure(AutoModelForCausalLM.from_pretrained(args.model).eval())
+    def measure(model: torch.nn.Module) -> list[float]:
+        return [perplexity(model, tokens, args.window, start)[0] for tokens in texts.values()]
+
+    dense = measure(model)
+    del model
     sizes = ", ".join(f"{name}: {tokens.numel()} tokens" for name, tokens in texts.items())
-    print(f"{sizes}; windows of {args.window}\n")
+    print(f"{sizes}; windows of {args.window}, beginning with {tokenizer.decode(start)!r}\n")
     print("| recipe | sparsity | calibration | " + " | ".join(texts) + " | s |")
     print("| --- | ---: | --- |" + " ---: |" * (len(texts) + 1))
     print("| dense | 0 | | " + " | ".join(f"{value:.2f}" for value in dense) + " | |", flush=True)

@@ -21,8 +21,9 @@ from optimum.onnxruntime.configuration import AutoQuantizationConfig
 from transformers import AutoTokenizer
 
 from optimum_comp import CompConfig, CompPruner
+from optimum_comp.beginning import start_tokens
 from optimum_comp.calibration import PYDOC, choose_blocks, read_text, tokenize
-from optimum_comp.evaluation import Settings, evaluate_apart
+from optimum_comp.evaluation import Settings, evaluate_all
 from optimum_comp.onnx.export import export_onnx
 from optimum_comp.onnx.folders import copy_companions
 from optimum_comp.onnx.quantization import quantize_onnx
@@ -56,7 +57,7 @@ def main() -> None:
             text=args.text, max_tokens=args.max_tokens, long_prompt_tokens=512, new_tokens=64, threads=args.threads
         )
         models = make(args, args.work or Path(scratch))
-        results = {name: evaluate_apart(path, settings) for name, path in models.items()}
+        results = dict(evaluate_all(models, settings))
     print(evaluation_table(results))
     first = next(iter(results.values()))
     for name, result in results.items():
@@ -80,8 +81,9 @@ def split(source: str, folder: Path) -> tuple[str, str]:
 
 def make(args: Any, folder: Path) -> dict[str, Path]:
     """Folders of the models by name."""
-    tokens = tokenize(AutoTokenizer.from_pretrained(args.model), read_text(args.calibration)[0])
-    blocks = choose_blocks(tokens, 32, 512, 0, args.calibration)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokens = tokenize(tokenizer, read_text(args.calibration)[0])
+    blocks = choose_blocks(tokens, 32, 512, 0, args.calibration, start_tokens(tokenizer))
     paths: dict[str, Path] = {"dense float32": folder / "dense"}
     if not paths["dense float32"].exists():
         export_onnx(args.model, paths["dense float32"])

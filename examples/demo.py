@@ -25,6 +25,14 @@ from optimum_comp.utils import ROOT_LOGGER
 
 CALIBRATION_SHARE = 0.6
 
+QUESTIONS = (
+    "Explain in two sentences why the sky is blue.",
+    "What is the capital of France, and what is it known for?",
+    "Name three things to take along on a rainy day.",
+)
+BEGINNINGS = ("Gravity is", "Photosynthesis is the process by which", "On a rainy day, you should always take along")
+"""The same for a model that has no chat template: it goes on with what it is given."""
+
 
 def main() -> None:
     """Split the text, run the chain, print its report."""
@@ -32,7 +40,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="local folder or hub id")
     parser.add_argument("--sparsity", type=float, default=0.2)
     parser.add_argument("--text", default=PYDOC, help="a text file; Python's documentation by default")
-    parser.add_argument("--prompt", default="Explain in two sentences why the sky is blue.")
+    parser.add_argument("--prompt", action="append", help="ask this; can be given several times")
     parser.add_argument("output", type=Path)
     args = parser.parse_args()
     # Stages, and what they need, on the screen.
@@ -49,7 +57,8 @@ def run(args: argparse.Namespace) -> str:
     text, _ = read_text(args.text)
     share = int(len(text) * CALIBRATION_SHARE)
     cut = text.rfind("\n", 0, share) + 1 or share
-    tokens = tokenize(AutoTokenizer.from_pretrained(args.model), text[:cut]).numel()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokens = tokenize(tokenizer, text[:cut]).numel()
     samples = min(config.num_samples, tokens // config.sequence_length)
     if samples == 0:
         raise ValueError(
@@ -60,7 +69,8 @@ def run(args: argparse.Namespace) -> str:
         calibration, held_out = Path(scratch) / "calibration.txt", Path(scratch) / "held-out.txt"
         calibration.write_text(text[:cut], encoding="utf-8")
         held_out.write_text(text[cut:], encoding="utf-8")
-        settings = Settings(text=str(held_out), max_tokens=10240, prompt=args.prompt, new_tokens=32)
+        prompts = args.prompt or (QUESTIONS if tokenizer.chat_template else BEGINNINGS)
+        settings = Settings(text=str(held_out), max_tokens=10240, prompts=prompts, new_tokens=32)
         result = compress(
             args.model, args.output, config=config, calibration=calibration, settings=settings, overwrite=True
         )

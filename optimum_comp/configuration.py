@@ -14,6 +14,7 @@ AXES = ("ffn", "kv", "heads")
 LAYER_METRICS = ("cosine", "loss")
 NEURON_METRICS = ("condition", "condition_gram", "condition_mask", "wanda", "magnitude", "random")
 RECOVERY_METHODS = ("least_squares", "mask", "none")
+BEGINS = ("auto", "always", "never")
 
 PRESETS: dict[str, dict[str, Any]] = {
     "comp": {"neuron_metric": "condition", "recovery": "least_squares"},
@@ -79,11 +80,15 @@ class CompConfig(BaseConfig):
         num_samples (`int`, defaults to 64):
             Calibration samples, ≥ 1.
         sequence_length (`int`, defaults to 512):
-            Tokens of each sample, ≥ 2.
+            Tokens of each sample, ≥ 2, start tokens included.
         round_to (`int`, defaults to 32):
             The FFN width becomes a multiple of this, ≥ 1 (odd widths are slow on every backend).
         seed (`int`, defaults to 0):
             Seed of everything random: which samples are taken, self-calibration, the `"random"` metric.
+        begin (`str`, defaults to `"auto"`):
+            Whether samples begin with the tokens that the tokenizer puts in front of a text, as `<bos>`: `"auto"`
+            (unless the dense model predicts the text worse behind them), `"always"` or `"never"`. Nothing is
+            measured, and all three are the same, where the tokenizer puts nothing there.
 
     Raises:
         ValueError: a field is out of range or unknown; names the field, its value and what is allowed.
@@ -111,6 +116,7 @@ class CompConfig(BaseConfig):
         sequence_length: int = 512,
         round_to: int = 32,
         seed: int = 0,
+        begin: str = "auto",
         **kwargs: Any,
     ):
         self.sparsity = _real("sparsity", sparsity, 0.0, 1.0, "(0, 1)")
@@ -136,6 +142,7 @@ class CompConfig(BaseConfig):
         self.sequence_length = _integer("sequence_length", sequence_length, 2)
         self.round_to = _integer("round_to", round_to, 1)
         self.seed = _integer("seed", seed, 0)
+        self.begin = require_begin(begin)
         for name in sorted(set(kwargs) - _BOOKKEEPING):
             guess = difflib.get_close_matches(name, FIELDS, n=1)
             hint = f" Did you mean {guess[0]!r}?" if guess else ""
@@ -188,6 +195,15 @@ class CompConfig(BaseConfig):
     def to_diff_dict(self) -> dict[str, Any]:
         """All fields: a side-car should say what was done without a look at the defaults of that day."""
         return self.to_dict()
+
+
+def require_begin(value: Any) -> str:
+    """A valid `begin`, of this configuration or of whatever else takes one.
+
+    Raises:
+        ValueError: it is none.
+    """
+    return _choice("begin", value, BEGINS)
 
 
 def _fields() -> tuple[str, ...]:

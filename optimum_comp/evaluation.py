@@ -13,8 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,26 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from optimum_comp.atomic import check_model
+from optimum_comp.beginning import Beginning, decide, in_front, losses_of_model, spread, start_tokens
 from optimum_comp.calibration import PYDOC, read_text, tokenize
 from optimum_comp.checkpoint.opening import trusted
 from optimum_comp.checkpoint.reader import resolve_folder
 from optimum_comp.checkpoint.source import empty_model
+from optimum_comp.configuration import require_begin
 from optimum_comp.core.layer_scores import next_token_loss
 from optimum_comp.onnx.folders import GRAPH_FILES
-from optimum_comp.utils import file_bytes, lookup_arguments, parameter_count, peak_memory_bytes, progress_disabled
+from optimum_comp.report.run import recorded_beginning
+from optimum_comp.utils import (
+    file_bytes,
+    get_logger,
+    lookup_arguments,
+    parameter_count,
+    peak_memory_bytes,
+    progress_disabled,
+)
 
+
+logger = get_logger(__name__)
 
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.gguf", *GRAPH_FILES)
 
@@ -42,10 +54,14 @@ class Settings:
     Attributes:
         text: file, dataset or `"pydoc"`; `None` leaves perplexity out.
         text_column: column of a dataset that holds text.
-        window: tokens of a window; windows don't overlap, and a window's first token isn't predicted.
+        window: tokens of a window, start tokens included; windows don't overlap, and a window's first token of text
+            isn't predicted.
         max_tokens: how many tokens of the text are read at most; `None` reads all.
-        prompt: what the model is asked; `None` asks nothing.
-        new_tokens: tokens of the answer, and of a decode measurement.
+        begin: whether windows begin with the tokens that the tokenizer puts in front of a text: `"auto"` (as
+            `comp_report.json` says, else unless the model does better without), `"always"` or `"never"`.
+        begins_with: what they begin with where it is decided already; then `begin` isn't used.
+        prompts: what the model is asked.
+        new_tokens: tokens of an answer, and of a decode measurement.
         prompt_tokens: length of the prompt of which prefill is measured; 0 leaves throughput out.
         long_prompt_tokens: length of a second prompt of which prefill is measured; 0 for none.
         repeats: throughput is the median of this many runs.
@@ -56,7 +72,9 @@ class Settings:
     text_column: str | None = None
     window: int = 512
     max_tokens: int | None = 20480
-    prompt: str | None = None
+    begin: str = "auto"
+    begins_with: Sequence[int] | None = None
+    prompts: Sequence[str] = ()
     new_tokens: int = 32
     prompt_tokens: int = 128
     long_prompt_tokens: int = 0
@@ -65,6 +83,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Refuse what can't be measured."""
+        require_begin(self.begin)
+        if isinstance(self.prompts, str):
+            raise ValueError(f"prompts={self.prompts!r} is not valid: prompts must be a list of str.")
         for name, low in (
             ("window", 2),
             ("new_tokens", 2),
@@ -92,8 +113,10 @@ class Evaluation:
         perplexity: exp of the mean next-token loss.
         predictions: tokens that were predicted for it.
         window: tokens of a window.
+        begins_with: start tokens of each window, which aren't predicted; empty for none.
+        start: the same as text.
         text: where the text is from.
-        text_sha256: of the very tokens.
+        text_sha256: of the very tokens of text.
         prefill_tokens_per_second: of a prompt of `prompt_tokens` tokens, batch 1.
         decode_tokens_per_second: of greedy generation after it, batch 1.
         prompt_tokens: length of the prompt of the throughput.
@@ -103,8 +126,7 @@ class Evaluation:
         load_seconds: from the folder to a model that answers.
         peak_memory_bytes: largest resident set of the process after loading, prefill and decoding.
         threads: processor threads.
-        prompt: what the model was asked.
-        answer: its greedy answer.
+        answers: `prompt` and the model's greedy `answer` of each thing that it was asked.
     """
 
     model: str
@@ -125,8 +147,9 @@ class Evaluation:
     load_seconds: float | None = None
     peak_memory_bytes: int | None = None
     threads: int | None = None
-    prompt: str | None = None
-    answer: str | None = None
+    begins_with: list[int] = field(default_factory=list)
+    start: str | None = None
+    answers: list[dict[str, str]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -182,7 +205,7 @@ def evaluate(path: str | Path, settings: Settings, **kwargs: Any) -> Evaluation:
 
     check_model(path)
     tokens, name = None, None
-    if settings.text is not None or settings.prompt is not None:
+    if settings.text is not None or settings.prompts:
         tokenizer = AutoTokenizer.from_pretrained(path, **lookup_arguments(kwargs))
     if settings.text is not None:
         text, name = read_text(settings.text, settings.text_column, settings.max_tokens)
@@ -192,6 +215,7 @@ def evaluate(path: str | Path, settings: Settings, **kwargs: Any) -> Evaluation:
                 f"{name} is too short: {tokens.numel()} tokens don't fill one window of {settings.window}; give more "
                 "text or a smaller window."
             )
+        _require_room(settings, tokenizer)
     started = time.perf_counter()
     model, runtime = load_model(path, settings.threads, **kwargs)
     # The folder's own config: ONNX Runtime's model has put its attention implementation into its copy.
@@ -200,9 +224,9 @@ def evaluate(path: str | Path, settings: Settings, **kwargs: Any) -> Evaluation:
     result.load_seconds = time.perf_counter() - started
     result.threads = settings.threads or torch.get_num_threads()
     with _torch_aside() if runtime == "onnxruntime" else contextlib.nullcontext():
-        if settings.prompt is not None:
-            result.prompt = settings.prompt
-            result.answer = answer(model, tokenizer, settings.prompt, settings.new_tokens)
+        for prompt in settings.prompts:
+            said = answer(model, tokenizer, prompt, settings.new_tokens)
+            result.answers.append({"prompt": prompt, "answer": said})
         if settings.prompt_tokens:
             prefill, decode = throughput(model, settings.prompt_tokens, settings.new_tokens, settings.repeats)
             result.prefill_tokens_per_second, result.decode_tokens_per_second = prefill, decode
@@ -216,11 +240,36 @@ def evaluate(path: str | Path, settings: Settings, **kwargs: Any) -> Evaluation:
         # Before perplexity: its logits of whole windows are no part of what a user of the model needs.
         result.peak_memory_bytes = peak_memory_bytes()
         if tokens is not None:
-            result.perplexity, result.predictions = perplexity(model, tokens, settings.window)
+            start = _beginning(path, settings, tokenizer, model, tokens).tokens
+            result.begins_with, result.start = list(start), tokenizer.decode(start) if start else None
+            result.perplexity, result.predictions = perplexity(model, tokens, settings.window, start)
             result.window, result.text = settings.window, name
-            used = tokens[: tokens.numel() // settings.window * settings.window]
+            room = settings.window - len(start)
+            used = tokens[: tokens.numel() // room * room]
             result.text_sha256 = hashlib.sha256(used.numpy().tobytes()).hexdigest()
     return result
+
+
+def _require_room(settings: Settings, tokenizer: Any) -> None:
+    """Refuse windows in which start tokens leave nothing to predict."""
+    start = settings.begins_with
+    if start is None:
+        start = [] if settings.begin == "never" else start_tokens(tokenizer)
+    if settings.window < len(start) + 2:
+        raise ValueError(
+            f"window={settings.window} leaves nothing to predict behind {tokenizer.decode(start)!r}; take at least "
+            f"{len(start) + 2}, or begin with nothing: begin='never' (--begin never)."
+        )
+
+
+def _beginning(path: str | Path, settings: Settings, tokenizer: Any, model: Any, tokens: Tensor) -> Beginning:
+    """What windows begin with: as decided before, as pruning found, or as is measured now."""
+    if settings.begins_with is not None:
+        return Beginning(tuple(settings.begins_with))
+    recorded = recorded_beginning(path) if settings.begin == "auto" else None
+    if recorded is not None:
+        return recorded
+    return decide(settings.begin, tokenizer, spread(tokens, settings.window), losses_of_model(model), "Windows")
 
 
 @contextlib.contextmanager
@@ -239,23 +288,26 @@ def _torch_aside() -> Iterator[None]:
 
 
 @torch.no_grad()
-def perplexity(model: Any, tokens: Tensor, window: int = 512) -> tuple[float, int]:
+def perplexity(model: Any, tokens: Tensor, window: int = 512, start: Sequence[int] = ()) -> tuple[float, int]:
     """Perplexity over windows that don't overlap.
 
     Args:
         model: a causal language model of transformers or `ORTModelForCausalLM`.
-        tokens: `[n]`, at least one window.
-        window: tokens of a window; all but its first are predicted.
+        tokens: text, `[n]`, at least one window.
+        window: tokens of a window, `start` included; those of the text are predicted, but for the first.
+        start: tokens that each window begins with.
 
     Returns:
         Perplexity and the number of predictions.
     """
     total, count = 0.0, 0
-    windows = tokens[: tokens.numel() // window * window].view(-1, 1, window)
+    count_start = len(start)
+    room = window - count_start
+    windows = tokens[: tokens.numel() // room * room].view(-1, 1, room)
     for batch in tqdm(windows, desc="Perplexity", unit="window", disable=progress_disabled()):
-        batch = batch.to(model.device)
+        batch = in_front(start, batch).to(model.device)
         logits = model(input_ids=batch, attention_mask=torch.ones_like(batch)).logits
-        loss, predictions = next_token_loss(logits, batch)
+        loss, predictions = next_token_loss(logits[:, count_start:], batch[:, count_start:])
         total, count = total + loss, count + predictions
     return math.exp(total / count), count
 
@@ -350,6 +402,27 @@ def evaluate_apart(path: str | Path, settings: Settings, **kwargs: Any) -> Evalu
         if done.returncode != 0:
             raise RuntimeError(f"evaluation of {path} failed:\n" + "\n".join(done.stderr.splitlines()[-5:]))
         return Evaluation(**json.loads(result.read_text(encoding="utf-8")))
+
+
+def evaluate_all(
+    models: Mapping[str, str | Path], settings: Settings, loading: Mapping[str, Mapping[str, Any]] | None = None
+) -> Iterator[tuple[str, Evaluation]]:
+    """`evaluate_apart` one model after the other, windows of all beginning as the first one's do.
+
+    Args:
+        models: folders or hub ids by name.
+        settings: as for `evaluate`.
+        loading: by name, arguments of `from_pretrained` that JSON can hold.
+
+    Yields:
+        Name and measurements of each.
+    """
+    for name, path in models.items():
+        logger.info("Measuring %s ...", name)
+        result = evaluate_apart(path, settings, **(loading or {}).get(name, {}))
+        if settings.text is not None and settings.begins_with is None:
+            settings = dataclasses.replace(settings, begins_with=result.begins_with)
+        yield name, result
 
 
 def _main(arguments: Sequence[str]) -> None:

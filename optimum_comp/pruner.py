@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from optimum_comp.atomic import JOURNAL, atomic_folder, check_folder, check_model
+from optimum_comp.beginning import Beginning, decide, losses_of_model, losses_of_source
 from optimum_comp.calibration import SELF, Calibration, CalibrationSource, prepare_calibration, source_name
 from optimum_comp.checkpoint.opening import find_device, open_source
 from optimum_comp.checkpoint.parts import join_parts
@@ -340,19 +341,22 @@ class CompPruner:
                     "that, or start anew with --overwrite."
                 )
             tokens = self._ranks.from_first(journal.tokens() if self._ranks.is_first else torch.empty(0))
-            return Calibration(tokens, known)
+            return Calibration(tokens, known, Beginning.from_dict(journal.run["calibration"]))
         samples = None
         if self._ranks.is_first:
             calibration = SELF if calibration is None else calibration
             writes = isinstance(calibration, str) and calibration == SELF
+            model = self._source.whole() if writes else self._source.model
+            losses = losses_of_model(model) if writes else losses_of_source(self._source)
             samples = prepare_calibration(
                 calibration,
-                model=self._source.whole() if writes else self._source.model,
+                model=model,
                 tokenizer=self.tokenizer,
                 num_samples=config.num_samples,
                 sequence_length=config.sequence_length,
                 seed=config.seed,
                 text_column=text_column,
+                begin=lambda pieces: decide(config.begin, self.tokenizer, pieces, losses, "Blocks"),
             )
         shared = self._ranks.from_first(samples)
         assert shared is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,12 +29,13 @@ def write_text(
     sequence_length: int,
     seed: int,
     *,
+    start: Sequence[int] = (),
     temperature: float = _TEMPERATURE,
     top_p: float = _TOP_P,
 ) -> Tensor:
-    """Sample text from the model, starting each sample from its own begin- or end-of-text token.
+    """Sample text from the model, starting each sample from what its texts begin with.
 
-    The start token isn't part of the blocks. The end-of-text token can't be sampled, so every block is full.
+    The start tokens aren't part of the blocks. The end-of-text token can't be sampled, so every block is full.
 
     Args:
         model: a causal language model of transformers.
@@ -41,13 +43,14 @@ def write_text(
         num_samples: blocks.
         sequence_length: tokens of a block.
         seed: of the sampling; the global random state is left as it was.
+        start: tokens that texts begin with; the model's own begin- or end-of-text token if there are none.
         temperature: of the sampling.
         top_p: nucleus of the sampling.
 
     Returns:
         `[num_samples, sequence_length]`, int64.
     """
-    start = _start_token(model, tokenizer)
+    start = list(start) or [_start_token(model, tokenizer)]
     settings = GenerationConfig(
         do_sample=True,
         temperature=temperature,
@@ -56,9 +59,9 @@ def write_text(
         min_new_tokens=sequence_length,
         max_new_tokens=sequence_length,
         eos_token_id=getattr(model.generation_config, "eos_token_id", None),
-        # Never written, since no sample ends early; another token than the first, which transformers would take for
-        # padding on the wrong side.
-        pad_token_id=0 if start else 1,
+        # Never written, since no sample ends early; another token than the first ones, which transformers would take
+        # for padding on the wrong side.
+        pad_token_id=next(token for token in range(len(start) + 1) if token not in start),
     )
     blocks = []
     with torch.random.fork_rng(devices=[]):
@@ -67,7 +70,7 @@ def write_text(
         tokens = num_samples * sequence_length
         with tqdm(total=tokens, desc="Writing calibration text", unit="tok", disable=progress_disabled()) as progress:
             for first in range(0, num_samples, side_by_side):
-                prompt = torch.full((min(side_by_side, num_samples - first), 1), start, device=model.device)
+                prompt = torch.tensor([start], device=model.device).repeat(min(side_by_side, num_samples - first), 1)
                 written = model.generate(
                     prompt,
                     attention_mask=torch.ones_like(prompt),
@@ -75,7 +78,7 @@ def write_text(
                     use_cache=True,
                     streamer=_Counter(progress, prompt.numel()),
                 )
-                blocks.append(written[:, 1:].cpu())
+                blocks.append(written[:, len(start) :].cpu())
     return torch.cat(blocks)
 
 

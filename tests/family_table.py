@@ -11,9 +11,9 @@ COLUMNS = ("ffn", "kv", "heads", "layers", "onnx", "int8", "transformers 4", "tr
 _HEAD = """# Families
 
 What the contract tests found (`tests/test_contract.py`; `make families` writes this page): each row is a tiny random
-model of a family, pruned along every axis and along all of them at once, saved, opened in plain transformers in a process
-of its own, where cached and uncached generation agree, exported with Optimum (logits equal to PyTorch's to 1e-3, through
-`ORTModelForCausalLM`), and quantized to 8 bits, which answers.
+model of a family, pruned along every axis and along all of them at once, saved, opened in plain transformers in a
+process of its own, where cached and uncached generation agree, exported with Optimum (logits equal to PyTorch's to
+1e-3, through `ORTModelForCausalLM`), and quantized to 8 bits, which answers.
 
 - **ffn**: neurons of the feed-forward layer. **kv**: key-value groups with their query heads. **heads**: query heads
   within groups. **layers**: whole decoder layers. A dash: it can't be pruned; `optimum-cli comp families` says why.

@@ -163,10 +163,13 @@ def test_eval_and_bench(tiny_folder, text, tmp_path):
     numbers = tmp_path / "numbers.json"
     speed = ("--prompt-tokens", 16, "--new-tokens", 4, "--repeats", 1, "--threads", 1)
     done = run(
-        "eval", "--model", tiny_folder, "--text", text, "--window", 32, "--prompt", "Hi", *speed, "--json", numbers
+        "eval",
+        *("--model", tiny_folder, "--text", text, "--window", 32, "--prompt", "Hi", "--prompt", "Why?"),
+        *(*speed, "--json", numbers),
     )
     result = json.loads(numbers.read_text())
     assert f"{result['perplexity']:.2f}" in done.stdout and "Asked: Hi" in done.stdout
+    assert [each["prompt"] for each in result["answers"]] == ["Hi", "Why?"] and "Asked: Why?" in done.stdout
     assert result["window"] == 32 and result["predictions"] % 31 == 0
     done = run("bench", tiny_folder, *speed, "--json", numbers)
     assert json.loads(numbers.read_text())[0]["perplexity"] is None
@@ -186,6 +189,9 @@ def test_compress_and_quantize(tiny_folder, text, tmp_path):
     assert stages["pruned"]["parameters"] < stages["dense"]["parameters"]
     assert stages["pruned-int8"]["runtime"] == "onnxruntime"
     assert all(name in done.stdout for name in stages) and "smaller than the dense model" in done.stdout
+    assert list(json.loads((tmp_path / "numbers.json").read_text())["costs"]) == [
+        *("prune", "export", "quantize", "measure", "bundle")
+    ]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "pruned",
         "pruned-onnx",

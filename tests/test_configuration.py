@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optimum_comp import CompConfig
-from optimum_comp.configuration import FIELDS, LAYER_METRICS, NEURON_METRICS, PRESETS, RECOVERY_METHODS
+from optimum_comp.configuration import BEGINS, FIELDS, LAYER_METRICS, NEURON_METRICS, PRESETS, RECOVERY_METHODS
 
 
 VALID = {
@@ -26,6 +26,7 @@ VALID = {
     "sequence_length": st.integers(2, 8192),
     "round_to": st.integers(1, 512),
     "seed": st.integers(0, 2**31),
+    "begin": st.sampled_from(BEGINS),
 }
 
 INVALID = [
@@ -55,6 +56,8 @@ INVALID = [
     ("round_to", 0),
     ("seed", -1),
     ("seed", "x"),
+    ("begin", "maybe"),
+    ("begin", True),
 ]
 
 

@@ -35,12 +35,12 @@ def test_a_model_that_knows_the_text_has_low_perplexity():
 def test_evaluation_in_a_process_of_its_own(tiny_folder, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("The cat sat on the mat. " * 60)
-    result = evaluate_apart(tiny_folder, Settings(text=str(text), prompt="Hello?", threads=1, **SETTINGS))
-    here = evaluate(tiny_folder, Settings(text=str(text), prompt="Hello?", threads=1, **SETTINGS))
+    result = evaluate_apart(tiny_folder, Settings(text=str(text), prompts=("Hello?", "And?"), threads=1, **SETTINGS))
+    here = evaluate(tiny_folder, Settings(text=str(text), prompts=("Hello?", "And?"), threads=1, **SETTINGS))
     assert result.perplexity == pytest.approx(here.perplexity, rel=1e-5)
     assert (result.predictions, result.window, result.text) == (620, 32, "text.txt")
     assert result.text_sha256 == here.text_sha256
-    assert result.answer == here.answer
+    assert result.answers == here.answers and [each["prompt"] for each in result.answers] == ["Hello?", "And?"]
     assert result.runtime == "pytorch"
     assert result.parameters == sum(p.numel() for p in tiny_model("llama").parameters())
     assert result.size_bytes == (tiny_folder / "model.safetensors").stat().st_size
@@ -72,7 +72,17 @@ def test_short_text_is_refused(tiny_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "bad", [{"window": 1}, {"max_tokens": 5}, {"new_tokens": 1}, {"repeats": 0}, {"threads": 0}, {"prompt_tokens": -1}]
+    "bad",
+    [
+        {"prompts": "Hi"},
+        {"begin": "maybe"},
+        {"window": 1},
+        {"max_tokens": 5},
+        {"new_tokens": 1},
+        {"repeats": 0},
+        {"threads": 0},
+        {"prompt_tokens": -1},
+    ],
 )
 def test_settings_are_checked(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):

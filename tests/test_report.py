@@ -49,3 +49,16 @@ def test_columns_that_nobody_measured_are_left_out():
     table = evaluation_table(results())
     assert "decode tok/s" in table
     assert "peak memory" not in table and "first token" not in table
+
+
+def test_answers_stand_by_question():
+    answers = [{"prompt": "Who?", "answer": "I."}, {"prompt": "Why?", "answer": "So."}]
+    others = [{"prompt": "Who?", "answer": "You."}, {"prompt": "Why?", "answer": "No."}]
+    table = evaluation_table(
+        {
+            "dense": Evaluation("a", "pytorch", 100, 400, answers=answers),
+            "pruned": Evaluation("b", "pytorch", 80, 320, answers=others),
+            "quiet": Evaluation("c", "pytorch", 80, 320),
+        }
+    )
+    assert table.endswith("Asked: Who?\ndense: I.\npruned: You.\n\nAsked: Why?\ndense: So.\npruned: No.")

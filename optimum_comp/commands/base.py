@@ -54,6 +54,16 @@ def add_loading_arguments(parser: ArgumentParser) -> None:
     )
 
 
+def add_begin_argument(parser: Any) -> None:
+    """`--begin`."""
+    parser.add_argument(
+        "--begin",
+        help="Whether each sample and window begins with what the tokenizer puts in\n"
+        "front of a text, like <bos>: auto (unless the model does better without),\n"
+        "always or never; the same where it puts nothing there [auto].",
+    )
+
+
 def add_config_arguments(parser: ArgumentParser) -> None:
     """One option for each field of `CompConfig`; an option that isn't given keeps the preset's value."""
     group = parser.add_argument_group("pruning")
@@ -69,6 +79,7 @@ def add_config_arguments(parser: ArgumentParser) -> None:
     group.add_argument("--text-column", help="Column of the dataset that holds text [text].")
     group.add_argument("--num-samples", type=int, help="Calibration samples [64].")
     group.add_argument("--sequence-length", type=int, help="Tokens of a sample [512].")
+    add_begin_argument(group)
     group.add_argument("--batch-size", type=int, help="Samples that go through a layer at a time [about 1024 tokens].")
     group.add_argument(
         "--max-memory",

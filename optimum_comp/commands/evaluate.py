@@ -10,6 +10,7 @@ from optimum.commands.base import CommandInfo
 
 from optimum_comp.commands.base import (
     CompSubcommand,
+    add_begin_argument,
     add_common_arguments,
     add_loading_arguments,
     loading_arguments,
@@ -28,7 +29,9 @@ def add_measuring_arguments(parser: ArgumentParser) -> None:
     )
     group.add_argument("--window", type=int, default=512, help="Tokens of a window; windows don't overlap [512].")
     group.add_argument("--max-tokens", type=int, default=20480, help="Read at most so many tokens; 0: all [20480].")
-    group.add_argument("--prompt", help="Ask this and print the greedy answer.")
+    group.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="Ask this and print the greedy answer; can be given again."
+    )
     add_speed_arguments(group)
 
 
@@ -54,7 +57,8 @@ def settings_from(args: Any, text: str | None) -> Any:
         text_column=getattr(args, "text_column", None),
         window=getattr(args, "window", 512),
         max_tokens=getattr(args, "max_tokens", None) or None,
-        prompt=getattr(args, "prompt", None),
+        begin=args.begin or "auto",
+        prompts=getattr(args, "prompt", None) or (),
         new_tokens=args.new_tokens,
         prompt_tokens=args.prompt_tokens,
         long_prompt_tokens=args.long_prompt_tokens,
@@ -73,6 +77,7 @@ class EvaluateCommand(CompSubcommand):
         """Declare the options."""
         parser.add_argument("-m", "--model", required=True, help="PyTorch or ONNX folder, or hub id.")
         add_measuring_arguments(parser)
+        add_begin_argument(parser)
         parser.add_argument("--text-column", help="Column of the dataset that holds text [text].")
         add_loading_arguments(parser)
         add_common_arguments(parser)
@@ -102,6 +107,7 @@ class BenchCommand(CompSubcommand):
             "--text", metavar="FILE|DATASET", help="Measure perplexity on this, too; pydoc for a quick look."
         )
         group.add_argument("--max-tokens", type=int, default=20480, help="Read at most so many tokens of it [20480].")
+        add_begin_argument(group)
         add_speed_arguments(group)
         group.add_argument(
             "--report",
@@ -114,7 +120,7 @@ class BenchCommand(CompSubcommand):
     def execute(self) -> None:
         """Measure one after the other and print."""
         from optimum_comp.atomic import check_model
-        from optimum_comp.evaluation import evaluate_apart
+        from optimum_comp.evaluation import evaluate_all
         from optimum_comp.report.plots import require_matplotlib, write_report
         from optimum_comp.report.table import evaluation_table
 
@@ -123,7 +129,7 @@ class BenchCommand(CompSubcommand):
         settings = settings_from(self.args, self.args.text)
         for model in self.args.models:
             check_model(model)
-        results = {model: evaluate_apart(model, settings) for model in self.args.models}
+        results = dict(evaluate_all({model: model for model in self.args.models}, settings))
         write_json(self.args.json, [result.to_dict() for result in results.values()])
         print(evaluation_table(results))
         if self.args.report is not None:

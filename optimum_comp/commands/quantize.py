@@ -10,6 +10,7 @@ from optimum.commands.base import CommandInfo
 
 from optimum_comp.commands.base import (
     CompSubcommand,
+    add_begin_argument,
     add_common_arguments,
     add_quantization_arguments,
     quantization_arguments,
@@ -37,6 +38,7 @@ class QuantizeCommand(CompSubcommand):
         text.add_argument("--text-column", help="Column of the dataset that holds text [text].")
         text.add_argument("--num-samples", type=int, default=32, help="Calibration samples [32].")
         text.add_argument("--sequence-length", type=int, default=512, help="Tokens of a sample [512].")
+        add_begin_argument(text)
         parser.add_argument("--overwrite", action="store_true", help="Replace a model that is in OUTPUT already.")
         add_common_arguments(parser)
         parser.add_argument("output", type=Path, metavar="OUTPUT", help="Output folder.")
@@ -54,6 +56,7 @@ class QuantizeCommand(CompSubcommand):
             text_column=args.text_column,
             num_samples=args.num_samples,
             sequence_length=args.sequence_length,
+            begin=args.begin or "auto",
             overwrite=args.overwrite,
             **quantization_arguments(args),
         )

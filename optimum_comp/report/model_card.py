@@ -79,7 +79,8 @@ def model_card(report: CompReport, config: CompConfig, base_model: str | None) -
         metric=config.resolved_neuron_metric,
         recovery=config.recovery,
         removed=", ".join(map(str, report.removed_layers)) or "none",
-        calibration=f"{source['source']}: {source['num_samples']} × {source['sequence_length']} tokens",
+        calibration=f"{source['source']}: {source['num_samples']} × {source['sequence_length']} tokens"
+        + (f", each sample beginning with `{source['start']}`" if source.get("begins_with") else ""),
         worst=max(each.relative_error for layer in report.layers for each in layer.decisions),
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from optimum_comp.beginning import Beginning
 from optimum_comp.utils import format_bytes
 
 
@@ -161,6 +162,17 @@ class CompReport:
         """Read what `save` wrote."""
         data = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))
         return cls(**{**data, "layers": [LayerReport.of(layer) for layer in data["layers"]]})
+
+
+def recorded_beginning(folder: str | Path) -> Beginning | None:
+    """What the calibration blocks of the pruning run that made a folder begin with.
+
+    `None` where no report says it: the folder is no pruned model's, or blocks were given as tokens.
+    """
+    path = Path(folder) / REPORT_NAME
+    if not path.is_file():
+        return None
+    return Beginning.from_dict(json.loads(path.read_text(encoding="utf-8"))["calibration"])
 
 
 def library_versions() -> dict[str, str]:

@@ -83,7 +83,8 @@ def _legend(results: Mapping[str, Evaluation]) -> str:
     if result.perplexity is not None:
         notes.append(
             f"Perplexity on {result.text}: {result.predictions:,} predicted tokens in windows of {result.window} that "
-            "don't overlap."
+            "don't overlap"
+            + (f" and begin with {result.start!r}, which isn't predicted." if result.begins_with else ".")
         )
     if result.prompt_tokens:
         notes.append(
@@ -95,8 +96,8 @@ def _legend(results: Mapping[str, Evaluation]) -> str:
 
 
 def _answers(results: Mapping[str, Evaluation]) -> str:
-    told = {name: result for name, result in results.items() if result.answer is not None}
-    if not told:
-        return ""
-    lines = [f"{name}: {result.answer}" for name, result in told.items()]
-    return "\n".join([f"Asked: {next(iter(told.values())).prompt}", *lines])
+    said: dict[str, list[str]] = {}
+    for name, result in results.items():
+        for each in result.answers:
+            said.setdefault(each["prompt"], []).append(f"{name}: {each['answer']}")
+    return "\n\n".join("\n".join([f"Asked: {prompt}", *lines]) for prompt, lines in said.items())
