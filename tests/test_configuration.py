@@ -7,12 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optimum_comp import CompConfig
-from optimum_comp.configuration import BEGINS, FIELDS, LAYER_METRICS, NEURON_METRICS, PRESETS, RECOVERY_METHODS
+from optimum_comp.configuration import AXES, BEGINS, FIELDS, LAYER_METRICS, NEURON_METRICS, PRESETS, RECOVERY_METHODS
 
 
 VALID = {
     "sparsity": st.floats(0, 1, exclude_min=True, exclude_max=True),
     "layer_fraction": st.floats(0, 1),
+    "attention_fraction": st.floats(0, 1),
+    "axes": st.lists(st.sampled_from(AXES), min_size=1, unique=True),
     "layer_metric": st.sampled_from(LAYER_METRICS),
     "protected_layers": st.lists(st.integers(-8, 8)),
     "bridge": st.booleans(),
@@ -29,7 +31,20 @@ VALID = {
     "begin": st.sampled_from(BEGINS),
 }
 
+
+def goes_together(fields) -> bool:
+    """Whether the fields allow each other."""
+    attention = fields.get("attention_fraction", 0)
+    return fields.get("layer_fraction", 0) + attention <= 1 and not (attention and fields.get("axes") == ["ffn"])
+
+
 INVALID = [
+    ("attention_fraction", -0.1),
+    ("attention_fraction", 1.5),
+    ("axes", []),
+    ("axes", "ffn"),
+    ("axes", ["ffn", "ffn"]),
+    ("axes", ["vocab"]),
     ("sparsity", 0),
     ("sparsity", 1),
     ("sparsity", -0.1),
@@ -66,7 +81,7 @@ def test_every_field_has_a_strategy_here():
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.fixed_dictionaries({}, optional=VALID))
+@given(st.fixed_dictionaries({}, optional=VALID).filter(goes_together))
 def test_json_round_trip(tmp_path_factory, fields):
     config = CompConfig(**fields)
     folder = tmp_path_factory.mktemp("config")
