@@ -80,6 +80,26 @@ class Moments:
     largest: Tensor | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class _Output:
+    """What a dense weight makes of a batch, where that matters.
+
+    Attributes:
+        junction: how it reaches the residual stream.
+        output: without its bias, `[..., d_out]`; `None` where no norm follows.
+        scales: of the norm, `[...]`; likewise.
+    """
+
+    junction: Junction
+    output: Tensor | None
+    scales: Tensor | None
+
+    @property
+    def token_weights(self) -> Tensor | None:
+        """Weight of each token's squared error, `[...]`; `None` weighs all alike."""
+        return None if self.scales is None else self.scales.square()
+
+
 @dataclasses.dataclass
 class _Layer:
     """The layer that the loop is at.
@@ -405,9 +425,9 @@ class PruningRun:
             with self.clock("forward"):
                 hidden = self._read(self._own, rows)
                 seen = self._runner.inputs_of(index, slot, hidden)
-                scales = self._token_scales(junction, seen, weight)
+                own = self._own_output(junction, seen, weight)
             with self.clock("gram"):
-                gram.update(seen, None if scales is None else scales.square())
+                gram.update(seen, own.token_weights)
             if self._dense is None:
                 continue
             with self.clock("forward"):
@@ -415,16 +435,35 @@ class PruningRun:
                 behind, output = self._runner.run_and_watch(index, slot, before)
             if cross is not None:
                 with self.clock("gram"):
-                    lacking = before + junction.contribution(output) - hidden
-                    add_cross_moment(cross, junction.wanted(lacking, scales), seen)
+                    self._aim(cross, before + junction.contribution(output) - hidden, own, seen)
             self._dense.write(rows, behind)
         self.ranks.sum_(gram.sum, cross)
-        share = self.config.alignment
-        aimed = None if cross is None else cross.mul_(share)
+        share = self._share(junction)
+        aimed = None if cross is None else cross.mul_(share or 1.0)
         return Moments(gram.value(), aimed, share, junction.gained(weight), weight, junction)
 
-    def _token_scales(self, junction: Junction, inputs: Tensor, weight: Tensor) -> Tensor | None:
-        return None if junction.norm is None else junction.token_scales(self._consume(inputs, weight))
+    def _own_output(self, junction: Junction, inputs: Tensor, weight: Tensor) -> _Output:
+        """What the dense weight makes of the pruned model's activations; worked out only where a norm follows."""
+        if junction.norm is None:
+            return _Output(junction, None, None)
+        output = self._consume(inputs, weight)
+        return _Output(junction, output, junction.token_scales(output))
+
+    def _aim(self, cross: Tensor, wanted: Tensor, own: _Output, inputs: Tensor) -> None:
+        """Add to a cross moment that the consumer is to contribute what is wanted.
+
+        Without a norm behind it, that is linear: its own part and the share that is asked for are accounted for
+        afterwards (see `quadratic.share_own`). What a norm lets through isn't.
+        """
+        if own.output is None:
+            add_cross_moment(cross, own.junction.target(wanted, wanted, None), inputs)
+        else:
+            lacking = self.config.alignment * (wanted - own.junction.contribution(own.output))
+            add_cross_moment(cross, own.junction.target(lacking, own.output, own.scales), inputs)
+
+    def _share(self, junction: Junction) -> float:
+        """How much of its own outputs a cross moment that `_aim` made holds."""
+        return self.config.alignment if junction.norm is None else 0.0
 
     def _observe(self, index: int, layer: nn.Module, counts: Counts, at: _Layer) -> Moments:
         """Run a layer with its feed-forward consumer tapped.
@@ -459,9 +498,9 @@ class PruningRun:
                 raise RuntimeError(f"layer {index} never called its {consumer.path}.")
             seen = tap.inputs.to(residual.dtype)
             with clock("forward"):
-                scales = self._token_scales(junction, seen, weight)
+                output = self._own_output(junction, seen, weight)
             with clock("gram"):
-                gram.update(seen, None if scales is None else scales.square())
+                gram.update(seen, output.token_weights)
                 if largest is not None:
                     largest = torch.maximum(largest, seen.reshape(-1, self._neurons).abs().amax(0).float())
             if self._inputs is not None:
@@ -480,13 +519,13 @@ class PruningRun:
                     dense.write(rows, wanted)
             if cross is not None:
                 with clock("gram"):
-                    add_cross_moment(cross, junction.wanted(wanted - residual, scales), seen)
+                    self._aim(cross, wanted - residual, output, seen)
         self.ranks.max_(largest, *(seen.largest for seen in ranges.values()))
         self.ranks.sum_(gram.sum, cross, *(seen.energy for seen in ranges.values()))
         with clock("solve"):
             factors = layer_factors(layer, counts, ranges, self._tokens.numel())
-        share = self.config.alignment
-        aimed = None if cross is None else cross.mul_(share)
+        share = self._share(junction)
+        aimed = None if cross is None else cross.mul_(share or 1.0)
         return Moments(gram.value(), aimed, share, junction.gained(weight), weight, junction, factors, largest)
 
     def _with_gap(self, gap: range, moments: Moments) -> Moments:
@@ -501,23 +540,25 @@ class PruningRun:
         deviation = torch.zeros_like(over_gap) if dense is not None else None
         whole = self._store("whole", self._hidden, self._plan.spill_states)
 
-        def own_output(rows: slice) -> tuple[Tensor, Tensor]:
+        def own_output(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
             seen = self._read(inputs, rows)
-            return seen, self._read(own, rows) + junction.contribution(self._consume(seen, plain))
+            output = self._consume(seen, plain)
+            return seen, output, self._read(own, rows) + junction.contribution(output)
+
+        def add(total: Tensor, lacking: Tensor, seen: Tensor, output: Tensor) -> None:
+            add_cross_moment(total, junction.target(lacking, output, junction.token_scales(output)), seen)
 
         for rows in self._rows:
-            whole.write(rows, own_output(rows)[1])
+            whole.write(rows, own_output(rows)[2])
         self._pass(gap, whole)
         if dense is not None:
             self._pass(gap, dense)
         with self.clock("gram"):
             for rows in self._rows:
-                (seen, before), behind = own_output(rows), self._read(whole, rows)
-                scales = self._token_scales(junction, seen, plain)
-                add_cross_moment(over_gap, junction.wanted(behind - before, scales, is_whole=False), seen)
+                (seen, output, before), behind = own_output(rows), self._read(whole, rows)
+                add(over_gap, behind - before, seen, output)
                 if dense is not None and deviation is not None:
-                    lacking = self._read(dense, rows) - behind
-                    add_cross_moment(deviation, junction.wanted(lacking, scales, is_whole=False), seen)
+                    add(deviation, self._read(dense, rows) - behind, seen, output)
         whole.close()
         self.ranks.sum_(over_gap, deviation)
         if deviation is not None:
