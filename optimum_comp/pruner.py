@@ -50,6 +50,8 @@ from optimum_comp.utils import format_bytes, get_logger, lookup_arguments, param
 
 logger = get_logger(__name__)
 
+GENERATION_CONFIG = "generation_config.json"
+
 
 class CompPruner:
     """Prunes a decoder-only language model with COMP.
@@ -288,14 +290,23 @@ class CompPruner:
             runner = LayerRunner(self._source, samples.tokens[:1].to(self._source.device), products)
             self._announce(config, allocation, work, plan, runner.seconds_per_layer, disk, journal)
             run = PruningRun(
-                runner, config, allocation.units, removable, samples.tokens, plan, self._ranks, place, journal
+                runner,
+                config,
+                allocation.units,
+                removable,
+                samples.tokens,
+                plan,
+                self._ranks,
+                place,
+                journal,
+                start=len(samples.beginning.tokens) if samples.beginning is not None else 0,
             )
             pruned = run.run()
-            with run.clock("write"):
-                self._shrink(pruned, allocation)
-                self.report = self._report(config, allocation, samples, products, pruned, before, after)
-                self.config = config
-                self._finish(folder, place, journal, max_shard_size, overwrite=overwrite)
+        with contextlib.nullcontext() if journal is None else journal.kept(), run.clock("write"):
+            self._shrink(pruned, allocation)
+            self.report = self._report(config, allocation, samples, products, pruned, before, after)
+            self.config = config
+            self._finish(folder, place, journal, max_shard_size, overwrite=overwrite)
         self.report.seconds = time.perf_counter() - started
         self.report.peak_memory_bytes = peak_memory_bytes()
         self.report.timings = {kind: round(seconds, 3) for kind, seconds in run.clock.seconds.items()}
@@ -526,8 +537,7 @@ class CompPruner:
         else:
             join_parts(parts, folder, max_shard_size)
             model.config.save_pretrained(folder)
-            if model.generation_config is not None:
-                model.generation_config.save_pretrained(folder)
+            self._copy_generation_config(folder)
         fill_folder(
             folder,
             tokenizer=self.tokenizer,
@@ -536,6 +546,15 @@ class CompPruner:
             source=self._name,
             source_arguments=self._name_arguments,
         )
+
+    def _copy_generation_config(self, folder: Path) -> None:
+        """As it is: transformers reads some that it refuses to write."""
+        assert isinstance(self._source, StreamedModel)
+        source = self._source.checkpoint.folder / GENERATION_CONFIG
+        if source.is_file():
+            shutil.copyfile(source, folder / GENERATION_CONFIG)
+        elif self._source.model.generation_config is not None:
+            self._source.model.generation_config.save_pretrained(folder)
 
     def _save(self, folder: Path, max_shard_size: int | str, *, overwrite: bool) -> None:
         if self._ranks.is_first:

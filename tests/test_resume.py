@@ -339,3 +339,22 @@ def test_killed_at_20_random_moments(tmp_path):
 def test_the_real_model_killed_at_random_moments(real_model, tmp_path):
     tokens = torch.randint(0, 49000, (4, 128), generator=torch.Generator().manual_seed(1))
     kill_at_random_moments(real_model, tokens, tmp_path, times=3)
+
+
+def test_a_generation_config_that_transformers_reads_and_will_not_write_is_copied(tiny_folder, tmp_path):
+    path = tiny_folder / "generation_config.json"
+    path.write_text(json.dumps({"temperature": 0.9, "top_p": 0.6, "bos_token_id": 1}))
+    prune(tiny_folder, tmp_path / "out")
+    assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_what_fails_after_the_last_layer_deletes_none(tiny_folder, tmp_path, undisturbed, monkeypatch):
+    def fails(*_, **__):
+        raise ValueError("nothing goes.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("optimum_comp.pruner.fill_folder", fails)
+        with pytest.raises(RuntimeError, match=r"nothing goes\. 3 layers are done and kept(.|\n)*--resume"):
+            prune(tiny_folder, tmp_path / "out")
+    prune(tiny_folder, tmp_path / "out", resume=True)
+    assert digest(tmp_path / "out") == undisturbed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from optimum_comp.core.gram import diagonal_shift, regularize
@@ -110,6 +111,29 @@ def refit(weight: Tensor, gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
         `[d_out, d_in]`, in the Gram matrix's dtype.
     """
     return optimum(gram_form(weight, regularize(gram, ridge), cross))
+
+
+def foreseeable(cross: tuple[Tensor, Tensor], gram: Tensor, ridge: float) -> Tensor:
+    """A cross moment of which, in each row, only the share is left that inputs foretell on other tokens, too.
+
+    Fitting a row to what is mostly noise adds noise: some `d_in / tokens` of its energy. With the fits `X_A`, `X_B` to
+    each half of the tokens, the share of a fit that is best on the other half is
+    `φ = (X_A · C_B + X_B · C_A) / ½ (X_A G X_Aᵀ + X_B G X_Bᵀ)`, kept within [0, 1].
+
+    Args:
+        cross: moments `[d_out, d_in]` of two halves of the tokens.
+        gram: second moments of all inputs, `[d_in, d_in]`, not regularised.
+        ridge: λ of `regularize`.
+
+    Returns:
+        `φ (C_A + C_B)`, `[d_out, d_in]`.
+    """
+    factor = torch.linalg.cholesky(regularize(gram, ridge))
+    fits = [2 * torch.cholesky_solve(half.T, factor).T for half in cross]
+    gained = (fits[0] * cross[1]).sum(1) + (fits[1] * cross[0]).sum(1)
+    spent = (((fits[0] @ gram) * fits[0]).sum(1) + ((fits[1] @ gram) * fits[1]).sum(1)) / 2
+    share = torch.where(spent > 0, gained / spent, spent).clamp(0, 1)
+    return share[:, None] * (cross[0] + cross[1])
 
 
 def energy(weight: Tensor, gram: Tensor) -> float:

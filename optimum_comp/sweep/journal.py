@@ -138,6 +138,16 @@ class Journal:
         except OSError as error:
             raise OSError(f"{error}; {self.hint()}") from error
 
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """What an error in the block means when all layers are done: whatever it is, they are kept."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(f"{error}; {self.hint()}") from error
+        except (ValueError, RuntimeError) as error:
+            raise RuntimeError(f"{error} {self.hint()}") from error
+
     def hint(self) -> str:
         """How far the run has come, and how to go on with it."""
         return (

@@ -11,10 +11,6 @@ from torch import Tensor, nn
 from optimum_comp.families import Axis, Family
 
 
-_STEPS = 12
-"""Of Newton's method; it gains digits quadratically."""
-
-
 class Junction:
     """`residual + m · norm(W x + b)`; without a norm, `residual + m · b + m · W x`.
 
@@ -57,27 +53,25 @@ class Junction:
         energy = plain.square().sum(-1)
         return torch.where(energy > 0, normed.square().sum(-1) / energy, energy).sqrt()
 
-    def target(self, lacking: Tensor, output: Tensor, scales: Tensor | None) -> Tensor:
-        """What the cross moment with the inputs is taken of, for the residual stream to gain `lacking`.
+    def target(self, lacking: Tensor, scales: Tensor | None) -> Tensor:
+        """What the cross moment with the inputs is taken of, for the residual stream to gain `lacking: [..., d_out]`.
 
-        Without a norm that is `lacking / m`. Behind a norm, `u = s z` has the length that the norm gives it, so a
-        channel with a small `γ` can gain much only at the expense of all others: what is aimed at is the nearest that
-        can be reached, `argmin Σ γ_i² (u_i − a_i)²` with `a = s z + lacking / (m γ)` and `‖u‖ = ‖s z‖`, that is
-        `u_i = γ_i² a_i / (γ_i² + λ)`; with token weights `s²`, the moment is that of `s γ (u − s z)`.
+        Without a norm that is `lacking / m`. Behind a norm, with token weights `s²`, the target of `diag(γ) W x` is to
+        move by `lacking / (m s)`, and the moment is that of `s lacking / m`. But the norm gives all outputs one length:
+        what a channel gains, all others pay for, and one with a small `γ` has to change much to gain little. So each
+        channel's move is regularised as all are, `Σ γ_i² (δ_i − lacking_i / γ_i)² + mean(γ²) Σ δ_i²`, which leaves
+        `γ_i² / (γ_i² + mean(γ²))` of it.
 
         Args:
-            lacking: what is to be gained, `[..., d_out]`; behind a norm, beyond what `output` contributes.
-            output: `W x` of the same tokens, `[..., d_out]`.
+            lacking: what is to be gained; behind a norm, beyond what is there.
             scales: `s` of each token, `[...]`; `None` without a norm.
         """
         if self.multiplier != 1.0:
             lacking = lacking / self.multiplier
         if scales is None or self._gains is None:
             return lacking
-        gains = self._safe_gains().to(lacking)
-        there = scales[..., None] * (output if self._bias is None else output + self._bias)
-        reached = _reachable(there, lacking, gains)
-        return scales[..., None] * gains * (reached - there)
+        squares = self._gains.square()
+        return scales[..., None] * (squares / (squares + squares.mean())) * lacking
 
     def gained(self, weight: Tensor) -> Tensor:
         """`diag(γ) W`, `[d_out, d_in]`."""
@@ -92,23 +86,3 @@ class Junction:
         # A channel that the norm shuts off says nothing of its row, which is repaired like the others.
         least = 1e-4 * self._gains.abs().max().clamp_min(1e-30)
         return torch.where(self._gains.abs() < least, least, self._gains)
-
-
-def _reachable(there: Tensor, lacking: Tensor, gains: Tensor) -> Tensor:
-    """The `u: [..., d]` of the same length as `there` that brings `γ u` nearest to `γ there + lacking`.
-
-    Its multiplier `λ ≥ 0` solves `‖γ (γ there + lacking) / (γ² + λ)‖ = ‖there‖` for each token; Newton's method on the
-    reciprocal of the length comes to it from below (Moré and Sorensen, "Computing a trust region step", SIAM J. Sci.
-    Stat. Comput. 4(3), 1983).
-    """
-    squares = gains.square()
-    numerator = squares * there + gains * lacking
-    length = there.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(there.dtype).tiny)
-    shift = torch.zeros_like(length)
-    for _ in range(_STEPS):
-        denominator = squares + shift
-        found = numerator / denominator
-        now = found.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(there.dtype).tiny)
-        slope = (found.square() / denominator).sum(-1, keepdim=True).clamp_min(torch.finfo(there.dtype).tiny)
-        shift = (shift + now.square() / slope * (now - length) / length).clamp_min(0)
-    return numerator / (squares + shift)

@@ -46,6 +46,7 @@ class Workload:
         whole_model: bytes of weights that are in memory all the time; 0 where layers are streamed.
         is_aligned: a second stream of hidden states goes along.
         has_mask_form: the solves need the mask form's matrices.
+        has_norm: a norm is behind the consumer.
         variants: streams of hidden states of the loss metric, all in memory.
         variant_samples: samples of each.
     """
@@ -63,6 +64,7 @@ class Workload:
     is_aligned: bool
     has_mask_form: bool
     heads: int = 0
+    has_norm: bool = False
     variants: int = 0
     variant_samples: int = 0
 
@@ -123,6 +125,7 @@ def workload_of(source: ModelSource, config: CompConfig, allocation: Allocation,
         hidden=hidden,
         width=width,
         heads=heads,
+        has_norm=bool(source.family.ffn.norm),
         layers=len(source.layers),
         layer_parameters=parameter_count(layer),
         outside_parameters=outside,
@@ -201,6 +204,9 @@ def predict(work: Workload, plan: MemoryPlan, base: int) -> MemoryPlan:
     # Inside a layer: some twelve vectors of the hidden size a token, and gate, activation, product and its copy.
     passing = tokens * work.compute * (12 * work.hidden + 4 * work.width)
     observing = layer + gram + weight * work.is_aligned + max(passing, gram // 4 if work.solve == 8 else 0)
+    if work.has_norm and work.is_aligned:
+        # Moments of two halves, their fits, and the matrix, regularised and factorised.
+        observing = max(observing + weight, layer + 3 * gram + 5 * weight)
     matrices = 3 if work.has_mask_form else 1
     # The weight, its target, the cross moment, a scaled copy of it, and the repaired weight.
     solving = matrices * gram + 5 * weight

@@ -16,7 +16,7 @@ from optimum_comp.configuration import CompConfig
 from optimum_comp.core.equalization import find_scales
 from optimum_comp.core.gram import GramAccumulator, add_cross_moment
 from optimum_comp.core.layer_scores import least_important
-from optimum_comp.core.recovery import FORMS, energy, refit
+from optimum_comp.core.recovery import FORMS, energy, foreseeable, refit
 from optimum_comp.core.selection import Reduction, Units, reduce_channels
 from optimum_comp.core.surgery import Counts, Kept, channels_of
 from optimum_comp.families import FFN, HEADS, KV, Fold
@@ -101,6 +101,45 @@ class _Output:
 
 
 @dataclasses.dataclass
+class _Aim:
+    """Where the dense model's hidden states are, as a cross moment with a consumer's inputs.
+
+    Without a norm behind the consumer that is linear: the moment is of all that it is to contribute, its own part and
+    the share that is asked for are accounted for afterwards (see `quadratic.share_own`). With one, the moment is of
+    what is lacking, and only what inputs foretell of it is kept (see `recovery.foreseeable`); start tokens, which are
+    out of all proportion in such models, are left as they are.
+
+    Attributes:
+        junction: how the consumer's output reaches the residual stream.
+        alignment: share of what is lacking that is aimed at.
+        start: positions at a sample's beginning that hold start tokens.
+        moments: one `[d_out, d_in]`; behind a norm two, of the first and the second half of every sample.
+    """
+
+    junction: Junction
+    alignment: float
+    start: int
+    moments: list[Tensor]
+
+    def add(self, wanted: Tensor, own: _Output, inputs: Tensor) -> None:
+        """Add a batch: what the consumer is to contribute `[batch, length, d_out]`, and its inputs."""
+        if own.output is None:
+            add_cross_moment(self.moments[0], self.junction.target(wanted, None), inputs)
+            return
+        lacking = self.alignment * (wanted - self.junction.contribution(own.output))
+        target = self.junction.target(lacking, own.scales)
+        half = wanted.shape[1] // 2
+        for moment, part in zip(self.moments, (slice(self.start, half), slice(half, None)), strict=True):
+            add_cross_moment(moment, target[:, part], inputs[:, part])
+
+    def result(self, gram: Tensor, ridge: float) -> tuple[Tensor, float]:
+        """The moment, and how much of the consumer's own outputs it holds."""
+        if len(self.moments) == 1:
+            return self.moments[0].mul_(self.alignment), self.alignment
+        return foreseeable((self.moments[0], self.moments[1]), gram, ridge), 0.0
+
+
+@dataclasses.dataclass
 class _Layer:
     """The layer that the loop is at.
 
@@ -135,6 +174,7 @@ class PruningRun:
         folder: for files that the work needs; `None` if it needs none.
         journal: where finished layers are recorded, in the first process; `None` in the others, and for a run that
             can't be gone on with.
+        start: positions at a sample's beginning that hold start tokens.
     """
 
     def __init__(
@@ -148,6 +188,7 @@ class PruningRun:
         ranks: Ranks,
         folder: Path | None,
         journal: Journal | None,
+        start: int = 0,
     ):
         self.source, self.config, self.keep, self.ranks = runner.source, config, keep, ranks
         self.family = self.source.family
@@ -155,6 +196,7 @@ class PruningRun:
         self._model_config = self.source.model.config
         self._runner = runner
         self._removable = removable
+        self._start = start
         self._tokens = tokens
         self._batches = ranks.batches(tokens, plan.batch_size)
         self._rows = rows_of(self._batches)
@@ -418,9 +460,9 @@ class PruningRun:
         weight = slot.matrix(layer).detach().clone()
         solving = solve_dtype(weight.shape[1])
         gram = GramAccumulator(weight.shape[1], device=self.source.device, dtype=solving)
-        cross = None
+        aim = None
         if self._dense is not None and index > 0:
-            cross = torch.zeros(weight.shape, dtype=solving, device=self.source.device)
+            aim = self._aim(junction, weight.shape, solving)
         for rows in self._rows:
             with self.clock("forward"):
                 hidden = self._read(self._own, rows)
@@ -433,14 +475,17 @@ class PruningRun:
             with self.clock("forward"):
                 before = self._read(self._dense, rows)
                 behind, output = self._runner.run_and_watch(index, slot, before)
-            if cross is not None:
+            if aim is not None:
                 with self.clock("gram"):
-                    self._aim(cross, before + junction.contribution(output) - hidden, own, seen)
+                    aim.add(before + junction.contribution(output) - hidden, own, seen)
             self._dense.write(rows, behind)
-        self.ranks.sum_(gram.sum, cross)
-        share = self._share(junction)
-        aimed = None if cross is None else cross.mul_(share or 1.0)
-        return Moments(gram.value(), aimed, share, junction.gained(weight), weight, junction)
+        self.ranks.sum_(gram.sum, *(() if aim is None else aim.moments))
+        return self._moments(gram.value(), aim, weight, junction)
+
+    def _moments(self, gram: Tensor, aim: _Aim | None, weight: Tensor, junction: Junction) -> Moments:
+        with self.clock("solve"):
+            cross, share = (None, 0.0) if aim is None else aim.result(gram, self.config.ridge)
+        return Moments(gram, cross, share, junction.gained(weight), weight, junction)
 
     def _own_output(self, junction: Junction, inputs: Tensor, weight: Tensor) -> _Output:
         """What the dense weight makes of the pruned model's activations; worked out only where a norm follows."""
@@ -449,21 +494,10 @@ class PruningRun:
         output = self._consume(inputs, weight)
         return _Output(junction, output, junction.token_scales(output))
 
-    def _aim(self, cross: Tensor, wanted: Tensor, own: _Output, inputs: Tensor) -> None:
-        """Add to a cross moment that the consumer is to contribute what is wanted.
-
-        Without a norm behind it, that is linear: its own part and the share that is asked for are accounted for
-        afterwards (see `quadratic.share_own`). What a norm lets through isn't.
-        """
-        if own.output is None:
-            add_cross_moment(cross, own.junction.target(wanted, wanted, None), inputs)
-        else:
-            lacking = self.config.alignment * (wanted - own.junction.contribution(own.output))
-            add_cross_moment(cross, own.junction.target(lacking, own.output, own.scales), inputs)
-
-    def _share(self, junction: Junction) -> float:
-        """How much of its own outputs a cross moment that `_aim` made holds."""
-        return self.config.alignment if junction.norm is None else 0.0
+    def _aim(self, junction: Junction, shape: tuple[int, ...], solving: torch.dtype) -> _Aim:
+        halves = 1 if junction.norm is None else 2
+        moments = [torch.zeros(shape, dtype=solving, device=self.source.device) for _ in range(halves)]
+        return _Aim(junction, self.config.alignment, self._start, moments)
 
     def _observe(self, index: int, layer: nn.Module, counts: Counts, at: _Layer) -> Moments:
         """Run a layer with its feed-forward consumer tapped.
@@ -485,9 +519,9 @@ class PruningRun:
         junction = Junction(self.family, self._model_config, self.family.ffn, layer)
         weight = consumer.matrix(layer).detach().clone()
         gram = GramAccumulator(self._neurons, device=self.source.device, dtype=self._solving)
-        cross = None
+        aim = None
         if dense is not None and not is_first and not at.is_bridged:
-            cross = torch.zeros(weight.shape, dtype=self._solving, device=self.source.device)
+            aim = self._aim(junction, weight.shape, self._solving)
         tap = Tap(consumer, layer, with_bias=junction.norm is None)
         ranges = unseen(layer, self._folds)
         largest = None if self._consumer_fold is None else weight.new_zeros(self._neurons, dtype=torch.float32)
@@ -517,16 +551,15 @@ class PruningRun:
                     wanted = self._runner.run(index, self._read(dense, rows))
                 if not is_ahead:
                     dense.write(rows, wanted)
-            if cross is not None:
+            if aim is not None:
                 with clock("gram"):
-                    self._aim(cross, wanted - residual, output, seen)
+                    aim.add(wanted - residual, output, seen)
         self.ranks.max_(largest, *(seen.largest for seen in ranges.values()))
-        self.ranks.sum_(gram.sum, cross, *(seen.energy for seen in ranges.values()))
+        self.ranks.sum_(gram.sum, *(() if aim is None else aim.moments), *(seen.energy for seen in ranges.values()))
         with clock("solve"):
             factors = layer_factors(layer, counts, ranges, self._tokens.numel())
-        share = self._share(junction)
-        aimed = None if cross is None else cross.mul_(share or 1.0)
-        return Moments(gram.value(), aimed, share, junction.gained(weight), weight, junction, factors, largest)
+        found = self._moments(gram.value(), aim, weight, junction)
+        return dataclasses.replace(found, factors=factors, largest=largest)
 
     def _with_gap(self, gap: range, moments: Moments) -> Moments:
         """What a consumer's output lacks if it is to do the work of removed layers behind it, too.
@@ -546,7 +579,7 @@ class PruningRun:
             return seen, output, self._read(own, rows) + junction.contribution(output)
 
         def add(total: Tensor, lacking: Tensor, seen: Tensor, output: Tensor) -> None:
-            add_cross_moment(total, junction.target(lacking, output, junction.token_scales(output)), seen)
+            add_cross_moment(total, junction.target(lacking, junction.token_scales(output)), seen)
 
         for rows in self._rows:
             whole.write(rows, own_output(rows)[2])
