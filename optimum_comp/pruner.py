@@ -27,7 +27,7 @@ from optimum_comp.checkpoint.writer import fill_folder, upload
 from optimum_comp.configuration import CompConfig
 from optimum_comp.core.allocation import Allocation, allocate
 from optimum_comp.families import FFN, HEADS, KV, LAYERS, family_of, renumber
-from optimum_comp.families.check import check_plan, check_result, shape_of, units_after
+from optimum_comp.families.check import check_family, check_plan, check_result, shape_of, units_after
 from optimum_comp.families.cutting import apply_to_config
 from optimum_comp.report.run import CompReport, library_versions
 from optimum_comp.sweep.journal import Journal, is_complete
@@ -80,6 +80,7 @@ class CompPruner:
         self._name_arguments = name_arguments
         self._interrupted = False
         self._ranks = Ranks(source.device)
+        check_family(source.family, source.model)
         self._counts = source.family.counts(source.model.config, source.layers[0])
         self._folder: Path | None = None
         self._loaded: Any = None
@@ -105,8 +106,9 @@ class CompPruner:
                 pickle) and what only transformers understands load the whole model into memory.
 
         Raises:
-            ValueError: the model isn't a decoder-only language model of a supported family, its weights are a pickle,
-                or its files don't fit together (names file and tensor). Said before any weight is read.
+            ValueError: the model isn't a decoder-only language model of a supported family, or isn't built as the
+                family is; its weights are a pickle, or its files don't fit together (names file and tensor). Said
+                before any weight is read.
             OSError: there is no such model.
         """
         from transformers import AutoConfig, AutoTokenizer

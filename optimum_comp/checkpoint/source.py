@@ -100,9 +100,8 @@ class ResidentModel(ModelSource):
     def __init__(self, model: Any, family: Family):
         super().__init__(family)
         self.model = model
-        weight = next(self.layers[0].parameters())
-        self.device, self.state_dtype = weight.device, weight.dtype
-        self.compute_dtype = compute_dtype(weight.dtype, weight.device)
+        self.device, self.state_dtype = model.device, model.dtype
+        self.compute_dtype = compute_dtype(model.dtype, model.device)
 
     @contextlib.contextmanager
     def outside(self, *, head: bool = False) -> Iterator[None]:

@@ -137,7 +137,6 @@ def check_plan(source: ModelSource, allocation: Allocation) -> None:
         ValueError: it hasn't; names the first parameter that differs.
     """
     family, model = source.family, source.model
-    check_family(family, model)
     layer = source.layers[0]
     counts = family.counts(model.config, layer)
     after = units_after(counts, allocation.units)

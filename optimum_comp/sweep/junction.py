@@ -57,7 +57,7 @@ class Junction:
         """What the cross moment with the inputs is taken of, for the residual stream to gain `lacking: [..., d_out]`.
 
         Without a norm that is `lacking / m`. Behind a norm, with token weights `s²`, the target of `diag(γ) W x` is to
-        move by `lacking / (m s)`, and the moment is that of `s lacking / m`. But the norm gives all outputs one length:
+        move by `lacking / (m s)`, and the moment is of `s lacking / m`. But the norm gives all outputs one length:
         what a channel gains, all others pay for, and one with a small `γ` has to change much to gain little. So each
         channel's move is regularised as all are, `Σ γ_i² (δ_i − lacking_i / γ_i)² + mean(γ²) Σ δ_i²`, which leaves
         `γ_i² / (γ_i² + mean(γ²))` of it.
