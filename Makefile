@@ -13,7 +13,7 @@ READY5 = $(VENV5)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-transformers5 test-slow test-arm64 lint types check install bench clean
+.PHONY: help demo test families test-transformers5 test-slow test-arm64 lint types check install bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,10 @@ test: $(READY)  ## Run the default tests
 # line itself is what the tests of interrupted runs start.
 test-transformers5: $(READY5)  ## Run the default tests that need no ONNX, with transformers 5
 	COMP_TEST_WITHOUT_ONNX=1 $(VENV5)/bin/python -m pytest --ignore tests/test_distributed.py --ignore tests/test_cli.py
+
+families: $(READY) $(READY5)  ## Write docs/families.md from what the contract tests find with transformers 4 and 5
+	COMP_WRITE_TABLE=1 $(BIN)/python -m pytest tests/test_contract.py
+	COMP_WRITE_TABLE=1 COMP_TEST_WITHOUT_ONNX=1 $(VENV5)/bin/python -m pytest tests/test_contract.py
 
 test-slow: $(READY) models/smollm2/config.json  ## Run the tests on the real model
 	COMP_TEST_MODEL=models/smollm2 $(BIN)/python -m pytest -m slow

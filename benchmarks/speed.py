@@ -21,12 +21,13 @@ from optimum.onnxruntime.configuration import AutoQuantizationConfig
 from transformers import AutoTokenizer
 
 from optimum_comp import CompConfig, CompPruner
-from optimum_comp.beginning import start_tokens
+from optimum_comp.beginning import decide, losses_of_model, spread
 from optimum_comp.calibration import PYDOC, choose_blocks, read_text, tokenize
 from optimum_comp.evaluation import Settings, evaluate_all
 from optimum_comp.onnx.export import export_onnx
 from optimum_comp.onnx.folders import copy_companions
 from optimum_comp.onnx.quantization import quantize_onnx
+from optimum_comp.onnx.runtime import load_onnx
 from optimum_comp.report.plots import require_matplotlib, write_report
 from optimum_comp.report.table import evaluation_table
 from optimum_comp.utils import ROOT_LOGGER
@@ -83,10 +84,12 @@ def make(args: Any, folder: Path) -> dict[str, Path]:
     """Folders of the models by name."""
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     tokens = tokenize(tokenizer, read_text(args.calibration)[0])
-    blocks = choose_blocks(tokens, 32, 512, 0, args.calibration, start_tokens(tokenizer))
     paths: dict[str, Path] = {"dense float32": folder / "dense"}
     if not paths["dense float32"].exists():
         export_onnx(args.model, paths["dense float32"])
+    losses = losses_of_model(load_onnx(paths["dense float32"]))
+    start = decide("auto", tokenizer, spread(tokens, 512), losses, "Blocks").tokens
+    blocks = choose_blocks(tokens, 32, 512, 0, args.calibration, start)
     paths[f"dense, Optimum's {args.preset}"] = stock = folder / f"dense-{args.preset}"
     if not stock.exists():
         preset = getattr(AutoQuantizationConfig, args.preset)(is_static=False, per_channel=True)
