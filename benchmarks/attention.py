@@ -2,8 +2,8 @@
 
     python benchmarks/attention.py --model models/smollm2 --calibration text.txt --text other.txt --text third.txt
 
-Prunes once for each setting, exports each, and measures all in one run: perplexity of the checkpoint on each text, size
-of the key-value cache, and speed of the ONNX model in a process of its own.
+Prunes once for each setting, exports each, and measures all in one run: perplexity of the checkpoint on each text,
+size of the key-value cache, and speed of the ONNX model in a process of its own.
 """
 
 from __future__ import annotations

@@ -41,8 +41,10 @@ def test_side_cars_say_what_was_done(tiny_folder, tmp_path):
     folder = pruner.save_pretrained(tmp_path / "out")
     report = json.loads((folder / "comp_report.json").read_text())
     assert report["requested_sparsity"] == 0.3 <= report["achieved_sparsity"]
-    assert [len(layer["kept"]) for layer in report["layers"]] == [report["width"]] * 4
-    assert [len(layer["scores"]) for layer in report["layers"]] == [96] * 4
+    (decisions,) = zip(*(layer["decisions"] for layer in report["layers"]), strict=True)
+    assert report["units"] == {"ffn": [96, len(decisions[0]["kept"])], "heads": [4, 4], "kv": [2, 2]}
+    assert [len(each["kept"]) for each in decisions] == [report["units"]["ffn"][1]] * 4
+    assert [len(each["scores"]) for each in decisions] == [96] * 4
     assert len(report["calibration"]["sha256"]) == 64
     assert set(report["versions"]) >= {"torch", "transformers", "optimum", "python"}
     assert CompConfig.from_pretrained(folder).sparsity == 0.3

@@ -270,3 +270,27 @@ def test_bench_writes_a_report(tiny_folder, text, tmp_path):
     done = run("bench", tiny_folder, *measured, "--long-prompt-tokens", 16, "--report", tmp_path / "report")
     assert "long prefill tok/s" in done.stdout
     assert (tmp_path / "report" / "report.html").read_text().startswith("<!doctype html>")
+
+
+def test_families_says_what_can_be_pruned_and_why_not(tiny_folder, tmp_path):
+    shown = run("families", "--json", tmp_path / "families.json").stdout
+    assert "| gemma3_text | yes | yes | yes | yes |" in shown
+    row = next(line for line in shown.splitlines() if line.startswith("| opt "))
+    (number,) = set(re.findall(r"no \((\d)\)", row))
+    assert f"({number}) its code takes a head's size from hidden_size" in shown
+    assert json.loads((tmp_path / "families.json").read_text())["bloom"]["layers"] == "yes"
+    assert "| llama | yes | yes | yes | yes |" in run("families", "--model", tiny_folder).stdout
+
+
+def test_attention_is_pruned_when_asked(tiny_folder, text, tmp_path):
+    arguments = ("prune", "--model", tiny_folder, "--calibration", text, *SMALL, "--sparsity", 0.3)
+    done = run(*arguments, "--axes", "ffn,heads", "--attention-fraction", 0.6, tmp_path / "heads")
+    assert "query heads 4 -> 2" in done.stdout
+    done = run(*arguments, "--axes", "kv,ffn", "--attention-fraction", 0.9, tmp_path / "kv")
+    assert "key-value heads 2 -> 1, key-value cache 50% of the size" in done.stdout
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "kv")
+    assert (model.config.num_attention_heads, model.config.num_key_value_heads, model.config.head_dim) == (2, 1, 16)
+    for option, value in (("--axes", "ffn,rows"), ("--attention-fraction", "2")):
+        done = run(*arguments, option, value, tmp_path / "no", check=False)
+        assert done.returncode == 1 and "is not valid" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "no").exists()

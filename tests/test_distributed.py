@@ -34,7 +34,8 @@ def launched(launcher: str, *arguments: object, check: bool = True) -> subproces
 
 
 def kept(folder: Path) -> list[list[int]]:
-    return [layer["kept"] for layer in json.loads((folder / "comp_report.json").read_text())["layers"]]
+    layers = json.loads((folder / "comp_report.json").read_text())["layers"]
+    return [each["kept"] for layer in layers for each in layer["decisions"]]
 
 
 @pytest.fixture
