@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--calibration", required=True, help="a text file")
     parser.add_argument("--text", action="append", required=True, help="a text file to measure; can be given again")
     parser.add_argument("--sparsity", type=float, default=0.3)
-    parser.add_argument("--share", action="append", help="AXIS:SHARE [kv:0.28, heads:0.21, heads:0.42]")
+    parser.add_argument("--share", action="append", help="AXIS:SHARE [kv:0.28, heads:0.21]")
     parser.add_argument("--max-tokens", type=int, default=10240)
     parser.add_argument("--work", type=Path, help="keep the models here, and use those that are here already")
     args = parser.parse_args()
@@ -55,7 +55,7 @@ def main() -> None:
     known: list[float] = []
     with tempfile.TemporaryDirectory() as scratch:
         work = args.work or Path(scratch)
-        for name, fields in {"dense": None, **settings(args.share or ["kv:0.28", "heads:0.21", "heads:0.42"])}.items():
+        for name, fields in {"dense": None, **settings(args.share or ["kv:0.28", "heads:0.21"])}.items():
             folder = Path(args.model)
             if fields is not None:
                 folder = work / name.replace(" ", "-").replace("%", "")

@@ -87,7 +87,7 @@ class CompConfig(BaseConfig):
             Seed of everything random: which samples are taken, self-calibration, the `"random"` metric.
         begin (`str`, defaults to `"auto"`):
             Whether samples begin with the tokens that the tokenizer puts in front of a text, as `<bos>`: `"auto"`
-            (unless the dense model predicts the text worse behind them), `"always"` or `"never"`. Nothing is
+            (unless the dense model predicts the text as well without), `"always"` or `"never"`. Nothing is
             measured, and all three are the same, where the tokenizer puts nothing there.
 
     Raises:

@@ -58,7 +58,7 @@ class Settings:
             isn't predicted.
         max_tokens: how many tokens of the text are read at most; `None` reads all.
         begin: whether windows begin with the tokens that the tokenizer puts in front of a text: `"auto"` (as
-            `comp_report.json` says, else unless the model does better without), `"always"` or `"never"`.
+            `comp_report.json` says, else unless the model does as well without), `"always"` or `"never"`.
         begins_with: what they begin with where it is decided already; then `begin` isn't used.
         prompts: what the model is asked.
         new_tokens: tokens of an answer, and of a decode measurement.

@@ -130,9 +130,13 @@ def test_logits_in_parts_are_those_of_the_whole(helps, monkeypatch):
         assert losses_of_source(source)(samples, spans) == pytest.approx(want, rel=1e-5)
 
 
-def test_of_equal_losses_the_start_tokens_win():
-    found = decide("auto", beginning_tokenizer(), tiny_blocks(2, 16), lambda samples, spans: [3.0] * 4, "Blocks")
-    assert found == Beginning((BEGIN,), "<s>", 3.0, 3.0)
+@pytest.mark.parametrize(("behind", "taken"), [(3.0, False), (2.98, False), (2.95, True)])
+def test_start_tokens_have_to_help_by_more_than_noise(behind, taken):
+    def losses(samples, spans):
+        return [behind] * 2 + [3.0] * 2
+
+    found = decide("auto", beginning_tokenizer(), tiny_blocks(2, 16), losses, "Blocks")
+    assert found == Beginning((BEGIN,) if taken else (), "<s>", behind, 3.0)
 
 
 @pytest.mark.parametrize(("begin", "tokenizer"), [("auto", tiny_tokenizer()), ("always", tiny_tokenizer())])

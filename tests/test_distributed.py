@@ -47,8 +47,13 @@ def given(tmp_path) -> list[object]:
     return [*given, "--num-samples", 9, "--sequence-length", 32, "--round-to", 8, "--batch-size", 2]
 
 
+ATTENTION = ("--axes", "ffn,kv", "--attention-fraction", 0.9)
+
+
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-@pytest.mark.parametrize("more", [(), ("--layer-fraction", 0.7), ("--layer-fraction", 0.7, "--layer-metric", "loss")])
+@pytest.mark.parametrize(
+    "more", [(), ("--layer-fraction", 0.7), ("--layer-fraction", 0.7, "--layer-metric", "loss"), ATTENTION]
+)
 def test_two_processes_decide_as_one(launcher, more, given, tmp_path):
     if launcher == "accelerate" and more:
         pytest.skip("the launchers set the same variables; once is enough")

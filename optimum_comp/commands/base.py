@@ -59,7 +59,7 @@ def add_begin_argument(parser: Any) -> None:
     parser.add_argument(
         "--begin",
         help="Whether each sample and window begins with what the tokenizer puts in\n"
-        "front of a text, like <bos>: auto (unless the model does better without),\n"
+        "front of a text, like <bos>: auto (unless the model does as well without),\n"
         "always or never; the same where it puts nothing there [auto].",
     )
 
