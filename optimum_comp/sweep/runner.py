@@ -194,7 +194,11 @@ class LayerRunner:
         args, kwargs = self._arguments[index]
         rows = self.source.family.repeated
         # One sample's are broadcast over a batch, but for those with a row for every sample's head.
-        several = {name: kwargs[name].repeat(len(hidden), 1, 1) for name in rows if kwargs.get(name) is not None}
+        several = {
+            name: kwargs[name].repeat(len(hidden), *[1] * (kwargs[name].dim() - 1))
+            for name in rows
+            if kwargs.get(name) is not None
+        }
         with contextlib.nullcontext() if exact else self.products():
             return first(self.source.layers[index](hidden, *args, **{**kwargs, **several})).to(hidden.dtype)
 
