@@ -20,7 +20,7 @@ from optimum_comp.core.surgery import Layout, channels_of, cut, shape_after
 from optimum_comp.families import FFN, HEADS, KV, family_of
 from optimum_comp.families.cutting import Cut, cut_layer, cut_meanwhile
 from optimum_comp.sweep.junction import Junction
-from optimum_comp.sweep.pruning import units_of
+from optimum_comp.sweep.moments import units_of
 
 
 def problem_of(channels: int, rows: int = 5, seed: int = 0) -> Problem:

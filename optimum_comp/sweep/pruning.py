@@ -16,9 +16,9 @@ from optimum_comp.configuration import CompConfig
 from optimum_comp.core.equalization import find_scales
 from optimum_comp.core.gram import GramAccumulator, add_cross_moment
 from optimum_comp.core.layer_scores import least_important
-from optimum_comp.core.recovery import FORMS, energy, foreseeable, refit
+from optimum_comp.core.recovery import FORMS, energy, refit
 from optimum_comp.core.selection import Reduction, Units, reduce_channels
-from optimum_comp.core.surgery import Counts, Kept, channels_of
+from optimum_comp.core.surgery import Counts, Kept
 from optimum_comp.families import FFN, HEADS, KV, Fold
 from optimum_comp.families.cutting import Cut, cut_meanwhile, groups_kept
 from optimum_comp.report.run import Decision, LayerReport
@@ -27,6 +27,7 @@ from optimum_comp.sweep.journal import Journal
 from optimum_comp.sweep.junction import Junction
 from optimum_comp.sweep.loop import sweep
 from optimum_comp.sweep.memory import MemoryPlan, solve_dtype
+from optimum_comp.sweep.moments import Aim, Moments, Output, units_of
 from optimum_comp.sweep.ranks import Ranks
 from optimum_comp.sweep.recording import Recorder
 from optimum_comp.sweep.runner import LayerRunner, Tap, replaced
@@ -52,91 +53,6 @@ class Pruned:
     removed: list[int]
     layer_scores: list[float]
     layers: list[LayerReport]
-
-
-@dataclasses.dataclass
-class Moments:
-    """What a layer's consumer saw on the calibration samples, summed over all processes.
-
-    Attributes:
-        gram: second moments of its inputs, `[width, width]`.
-        cross: cross moment of what its output is to gain with its inputs, `[hidden, width]`, or `None`.
-        own_share: how much of its own outputs `cross` holds (see `quadratic.share_own`).
-        weight: its weight as the residual stream sees it (see `Junction.gained`), `[hidden, width]`, with the effect
-            of removed layers behind it fitted in where that has to come before the choice.
-        plain: the weight as it is.
-        junction: how its output reaches the residual stream.
-        factors: what evens out the inputs of the layer's other dense layers, by parameter.
-        largest: largest absolute value of each of the consumer's inputs, `[width]`; `None` if nobody asks.
-    """
-
-    gram: Tensor
-    cross: Tensor | None
-    own_share: float
-    weight: Tensor
-    plain: Tensor
-    junction: Junction
-    factors: Factors = dataclasses.field(default_factory=dict)
-    largest: Tensor | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Output:
-    """What a dense weight makes of a batch, where that matters.
-
-    Attributes:
-        junction: how it reaches the residual stream.
-        output: without its bias, `[..., d_out]`; `None` where no norm follows.
-        scales: of the norm, `[...]`; likewise.
-    """
-
-    junction: Junction
-    output: Tensor | None
-    scales: Tensor | None
-
-    @property
-    def token_weights(self) -> Tensor | None:
-        """Weight of each token's squared error, `[...]`; `None` weighs all alike."""
-        return None if self.scales is None else self.scales.square()
-
-
-@dataclasses.dataclass
-class _Aim:
-    """Where the dense model's hidden states are, as a cross moment with a consumer's inputs.
-
-    Without a norm behind the consumer that is linear: the moment is of all that it is to contribute, its own part and
-    the share that is asked for are accounted for afterwards (see `quadratic.share_own`). With one, the moment is of
-    what is lacking, and only what inputs foretell of it is kept (see `recovery.foreseeable`); start tokens, which are
-    out of all proportion in such models, are left as they are.
-
-    Attributes:
-        junction: how the consumer's output reaches the residual stream.
-        alignment: share of what is lacking that is aimed at.
-        start: positions at a sample's beginning that hold start tokens.
-        moments: one `[d_out, d_in]`; behind a norm two, of the first and the second half of every sample.
-    """
-
-    junction: Junction
-    alignment: float
-    start: int
-    moments: list[Tensor]
-
-    def add(self, wanted: Tensor, own: _Output, inputs: Tensor) -> None:
-        """Add a batch: what the consumer is to contribute `[batch, length, d_out]`, and its inputs."""
-        if own.output is None:
-            add_cross_moment(self.moments[0], self.junction.target(wanted, None), inputs)
-            return
-        lacking = self.alignment * (wanted - self.junction.contribution(own.output))
-        target = self.junction.target(lacking, own.scales)
-        half = wanted.shape[1] // 2
-        for moment, part in zip(self.moments, (slice(self.start, half), slice(half, None)), strict=True):
-            add_cross_moment(moment, target[:, part], inputs[:, part])
-
-    def result(self, gram: Tensor, ridge: float) -> tuple[Tensor, float]:
-        """The moment, and how much of the consumer's own outputs it holds."""
-        if len(self.moments) == 1:
-            return self.moments[0].mul_(self.alignment), self.alignment
-        return foreseeable((self.moments[0], self.moments[1]), gram, ridge), 0.0
 
 
 @dataclasses.dataclass
@@ -482,22 +398,22 @@ class PruningRun:
         self.ranks.sum_(gram.sum, *(() if aim is None else aim.moments))
         return self._moments(gram.value(), aim, weight, junction)
 
-    def _moments(self, gram: Tensor, aim: _Aim | None, weight: Tensor, junction: Junction) -> Moments:
+    def _moments(self, gram: Tensor, aim: Aim | None, weight: Tensor, junction: Junction) -> Moments:
         with self.clock("solve"):
             cross, share = (None, 0.0) if aim is None else aim.result(gram, self.config.ridge)
         return Moments(gram, cross, share, junction.gained(weight), weight, junction)
 
-    def _own_output(self, junction: Junction, inputs: Tensor, weight: Tensor) -> _Output:
+    def _own_output(self, junction: Junction, inputs: Tensor, weight: Tensor) -> Output:
         """What the dense weight makes of the pruned model's activations; worked out only where a norm follows."""
         if junction.norm is None:
-            return _Output(junction, None, None)
+            return Output(junction, None, None)
         output = self._consume(inputs, weight)
-        return _Output(junction, output, junction.token_scales(output))
+        return Output(junction, output, junction.token_scales(output))
 
-    def _aim(self, junction: Junction, shape: tuple[int, ...], solving: torch.dtype) -> _Aim:
+    def _aim(self, junction: Junction, shape: tuple[int, ...], solving: torch.dtype) -> Aim:
         halves = 1 if junction.norm is None else 2
         moments = [torch.zeros(shape, dtype=solving, device=self.source.device) for _ in range(halves)]
-        return _Aim(junction, self.config.alignment, self._start, moments)
+        return Aim(junction, self.config.alignment, self._start, moments)
 
     def _observe(self, index: int, layer: nn.Module, counts: Counts, at: _Layer) -> Moments:
         """Run a layer with its feed-forward consumer tapped.
@@ -695,19 +611,6 @@ class _Through:
 
     def leave(self, index: int) -> None:
         """Nothing is left to do."""
-
-
-def units_of(axis: str, counts: Counts, channels: int) -> Units:
-    """The units of an attention axis among the channels that its consumer reads.
-
-    Args:
-        axis: `kv` or `heads`.
-        counts: heads and groups.
-        channels: how many there are.
-    """
-    units = torch.arange(counts[axis])
-    classes = torch.zeros_like(units) if axis == KV else units // (counts[HEADS] // counts[KV])
-    return Units(channels_of(units, channels // counts[axis]).view(counts[axis], -1), classes)
 
 
 @contextlib.contextmanager
