@@ -160,6 +160,26 @@ def test_contract_of_the_export(name, tmp_path):
     FOUND.setdefault(name, {}).update(onnx=True, int8=True)
 
 
+@pytest.mark.onnx
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3"])
+def test_a_tied_embedding_is_exported_once(name, tmp_path):
+    import numpy as np
+    import onnx
+
+    from optimum_comp.onnx.export import export_onnx
+
+    model = tiny_family(name)
+    kind = type(model.get_input_embeddings()).__name__
+    model.save_pretrained(tmp_path / "dense")
+    graph = onnx.load(export_onnx(tmp_path / "dense", tmp_path / "onnx").output / "model.onnx").graph
+    embedding = model.get_input_embeddings().weight.detach().numpy()
+    values = [onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer if len(tensor.dims) == 2]
+    copies = [each for each in values for same in (embedding, embedding.T) if np.array_equal(each, same)]
+    assert len(copies) == 1
+    # The class has its name back.
+    assert type(model.get_input_embeddings()).__name__ == kind
+
+
 ATTENTION = [name for name in CONFIGS if able(name)[KV] is None]
 WITHIN = [name for name in CONFIGS if able(name)[HEADS] is None]
 

@@ -20,6 +20,7 @@ from optimum_comp.onnx.folders import copy_companions, graph_bytes
 from optimum_comp.onnx.noise import without_noise
 from optimum_comp.onnx.registration import register_families
 from optimum_comp.onnx.runtime import require_onnxruntime
+from optimum_comp.onnx.tied import every_embedding_is_shared
 from optimum_comp.utils import get_logger
 
 
@@ -84,7 +85,10 @@ def export_onnx(
 
         register_families()
         # Its validation compares at 1e-5, prints every value that is off by more, and then succeeds anyway.
-        main_export(str(source), output=folder, task="text-generation-with-past", dtype="fp32", do_validation=False)
+        with every_embedding_is_shared():
+            main_export(
+                str(source), output=folder, task="text-generation-with-past", dtype="fp32", do_validation=False
+            )
         copy_companions(source, folder)
         open_cache(folder)
         differences = _compare(source, folder, tolerance)
