@@ -80,6 +80,10 @@ class Reduction:
     scores: Tensor
     error: float
 
+    def relative_error(self, energy: float) -> float:
+        """The part that couldn't be kept: the error over it and the energy of the repaired output."""
+        return self.error / (self.error + energy) if self.error > 0 else 0.0
+
 
 def reduce_channels(
     weight: Tensor,

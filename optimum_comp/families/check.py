@@ -177,8 +177,7 @@ def check_result(folder: Path, *, trust_remote_code: bool = False) -> None:
         names = stored_names(model, checkpoint)
     except ValueError as error:
         raise RuntimeError(f"the pruned model can't be loaded by its own config: {error}") from error
-    more = sorted(set(checkpoint.tensors) - set(names.values()))
     aliases = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    more = [name for name in more if name not in aliases]
+    more = sorted(set(checkpoint.tensors) - set(names.values()) - aliases)
     if more:
         raise RuntimeError(f"the pruned model can't be loaded by its own config: {more[0]} isn't one of its weights.")

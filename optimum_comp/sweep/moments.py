@@ -47,14 +47,12 @@ class Output:
     """What a dense weight makes of a batch, where that matters.
 
     Attributes:
-        junction: how it reaches the residual stream.
         output: without its bias, `[..., d_out]`; `None` where no norm follows.
         scales: of the norm, `[...]`; likewise.
     """
 
-    junction: Junction
-    output: Tensor | None
-    scales: Tensor | None
+    output: Tensor | None = None
+    scales: Tensor | None = None
 
     @property
     def token_weights(self) -> Tensor | None:

@@ -210,12 +210,11 @@ class PruningRun:
         if self._attention:
             with self._names(index, self._attention[0].consumer.path):
                 self._prune_attention(index, layer, at)
-        counts = at.cuts[-1].after if at.cuts else self._counts
         with (
             self._names(index, self.family.ffn.consumer.path),
             cut_meanwhile(self.family, self._model_config, layer, at.cuts),
         ):
-            at.moments = self._observe(index, layer, counts, at)
+            at.moments = self._observe(index, layer, self._left(at), at)
 
     def leave(self, index: int) -> None:
         """Choose neurons, repair, and go on with what the pruned layer makes of the samples."""
@@ -225,16 +224,15 @@ class PruningRun:
             if at.is_bridged:
                 at.moments = self._with_gap(at.gap, at.moments)
             junction = at.moments.junction
-            counts = at.cuts[-1].after if at.cuts else self._counts
             found, factors = self._decide(index, at.moments)
         at.moments = None
         release_free_memory()
         if self._dense is not None and not at.is_bridged:
             self._pass(at.gap, self._dense)
-        at.cuts.append(Cut(self.family.ffn, counts, {FFN: found.kept}, found.weight))
+        at.cuts.append(Cut(self.family.ffn, self._left(at), {FFN: found.kept}, found.weight))
         self._commit(index, at, factors)
         squares = self._update(index, at.cuts, found, junction)
-        error = found.error / (found.error + squares) if found.error > 0 else 0.0
+        error = found.relative_error(squares)
         at.decisions.append(Decision(FFN, found.kept.tolist(), found.scores.tolist(), error))
         report = LayerReport(index, at.decisions, bridged=at.is_bridged)
         self._reports.append(report)
@@ -245,6 +243,10 @@ class PruningRun:
         if self._progress is not None:
             self._progress.set_postfix(error=f"{error:.1%}")
             self._progress.update()
+
+    def _left(self, at: _Layer) -> Counts:
+        """Units of each kind that the layer has after the cuts so far."""
+        return at.cuts[-1].after if at.cuts else self._counts
 
     def _commit(self, index: int, at: _Layer, factors: Factors) -> None:
         with self.clock("write"):
@@ -355,19 +357,17 @@ class PruningRun:
                 kept = (found.kept.view(-1, width)[:, 0] // width).cpu()
                 kinds = groups_kept(kept, counts) if axis.name == KV else {HEADS: kept}
                 heads = heads[kinds[HEADS]]
-                error = found.error / (found.error + squares) if found.error > 0 else 0.0
                 numbers = kept if axis.name == KV else heads
+                error = found.relative_error(squares)
                 decision = Decision(axis.name, numbers.tolist(), found.scores.tolist(), error)
                 weight = moments.junction.ungained(found.weight).to("cpu", self.source.state_dtype)
                 shared.append((axis.name, kinds, weight, decision))
                 # What goes next goes from what is left: its repair is aimed already.
                 moments = dataclasses.replace(moments, gram=gram, cross=None, weight=found.weight)
                 counts = {**counts, **{kind: len(there) for kind, there in kinds.items()}}
-        counts = self._counts
         for name, kept_units, weight, decision in self.ranks.from_first(shared):
-            at.cuts.append(Cut(self.family.axis(name), counts, kept_units, weight))
+            at.cuts.append(Cut(self.family.axis(name), self._left(at), kept_units, weight))
             at.decisions.append(decision)
-            counts = at.cuts[-1].after
 
     def _observe_attention(self, index: int, layer: nn.Module) -> Moments:
         """Run a layer up to what reads its heads; takes the dense model's hidden states through the layer."""
@@ -406,9 +406,9 @@ class PruningRun:
     def _own_output(self, junction: Junction, inputs: Tensor, weight: Tensor) -> Output:
         """What the dense weight makes of the pruned model's activations; worked out only where a norm follows."""
         if junction.norm is None:
-            return Output(junction, None, None)
+            return Output()
         output = self._consume(inputs, weight)
-        return Output(junction, output, junction.token_scales(output))
+        return Output(output, junction.token_scales(output))
 
     def _aim(self, junction: Junction, shape: tuple[int, ...], solving: torch.dtype) -> Aim:
         halves = 1 if junction.norm is None else 2
