@@ -30,6 +30,9 @@ class FamiliesCommand(CompSubcommand):
         if args.model is not None:
             from transformers import AutoConfig
 
+            from optimum_comp.atomic import check_model
+
+            check_model(args.model)
             trust = {"trust_remote_code": True} if args.trust_remote_code else {}
             config = AutoConfig.from_pretrained(args.model, **trust)
             rows = {config.model_type: prunable(family_of(config), config)}
