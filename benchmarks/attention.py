@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from optimum_comp import CompConfig, CompPruner
 from optimum_comp.beginning import decide, losses_of_model, spread
-from optimum_comp.calibration import read_text, tokenize
+from optimum_comp.calibration.text import read_text, tokenize
 from optimum_comp.evaluation import Settings, evaluate_apart, perplexity
 from optimum_comp.onnx.export import export_onnx
 from optimum_comp.report.run import CompReport

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optimum_comp.calibration import PYDOC, choose_blocks, read_text, tokenize
+from optimum_comp.calibration.text import PYDOC, choose_blocks, read_text, tokenize
 from optimum_comp.configuration import PRESETS
 from optimum_comp.utils import format_bytes
 

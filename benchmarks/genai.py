@@ -125,7 +125,7 @@ class Bench:
         from transformers import AutoTokenizer
 
         from optimum_comp.bundle import FUSED_NAME, write_bundle
-        from optimum_comp.calibration import choose_blocks, read_text, tokenize
+        from optimum_comp.calibration.text import choose_blocks, read_text, tokenize
         from optimum_comp.onnx.export import export_onnx
         from optimum_comp.onnx.folders import MODEL_NAME
         from optimum_comp.onnx.fused import build_genai
@@ -170,7 +170,7 @@ def main() -> None:
     if sys.argv[1:2] == ["--here"]:
         print(json.dumps(measure_here(json.loads(sys.argv[2]))))
         return
-    from optimum_comp.calibration import PYDOC
+    from optimum_comp.calibration.text import PYDOC
     from optimum_comp.utils import format_bytes
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_comp import CompConfig, CompPruner
 from optimum_comp.beginning import decide, losses_of_model, spread
-from optimum_comp.calibration import PYDOC, SELF, read_text, tokenize
+from optimum_comp.calibration.text import PYDOC, SELF, read_text, tokenize
 from optimum_comp.configuration import PRESETS
 from optimum_comp.evaluation import perplexity
 

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 
 from optimum_comp import CompConfig, CompPruner
 from optimum_comp.beginning import decide, losses_of_model, spread
-from optimum_comp.calibration import PYDOC, choose_blocks, read_text, tokenize
+from optimum_comp.calibration.text import PYDOC, choose_blocks, read_text, tokenize
 from optimum_comp.evaluation import Settings, evaluate_all
 from optimum_comp.onnx.export import export_onnx
 from optimum_comp.onnx.folders import copy_companions

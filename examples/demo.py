@@ -17,7 +17,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from optimum_comp import CompConfig
-from optimum_comp.calibration import PYDOC, read_text, tokenize
+from optimum_comp.calibration.text import PYDOC, read_text, tokenize
 from optimum_comp.compress import compress
 from optimum_comp.evaluation import Settings
 from optimum_comp.utils import ROOT_LOGGER

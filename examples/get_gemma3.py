@@ -23,7 +23,7 @@ from tokenizers import AddedToken
 from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from optimum_comp.atomic import atomic_folder, check_folder
+from optimum_comp.files import atomic_folder, check_folder
 from packages import output_folder, unpacked
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optimum_comp.atomic import atomic_folder
+from optimum_comp.files import atomic_folder
 from packages import output_folder, unpacked
 
 

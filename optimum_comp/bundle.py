@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from optimum_comp import __version__
-from optimum_comp.atomic import atomic_folder, check_folder, check_model
+from optimum_comp.files import atomic_folder, check_folder, check_model
 from optimum_comp.onnx.export import check_checkpoint
 from optimum_comp.onnx.folders import MODEL_NAME, copy_companions
 from optimum_comp.onnx.fused import can_be_fused, fuse, greedy_tokens

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimum_comp.atomic import COMPRESSION_SUMMARY, atomic_folder, check_folder, check_model
 from optimum_comp.beginning import Beginning, decide, losses_of_model
 from optimum_comp.bundle import BundleReport, write_bundle
-from optimum_comp.calibration import PYDOC, SELF, CalibrationSource, prepare_calibration, read_text
+from optimum_comp.calibration.text import PYDOC, SELF, CalibrationSource, prepare_calibration, read_text
 from optimum_comp.checkpoint.opening import trusted
 from optimum_comp.configuration import CompConfig, require_begin
 from optimum_comp.evaluation import Evaluation, Settings, evaluate_all, is_onnx_folder, load_model
+from optimum_comp.files import COMPRESSION_SUMMARY, atomic_folder, check_folder, check_model
 from optimum_comp.onnx.export import export_onnx
 from optimum_comp.onnx.quantization import QuantizationReport, quantize_onnx
 from optimum_comp.onnx.recipes import BUDGET, find_recipe, find_target

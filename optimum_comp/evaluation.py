@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from optimum_comp.atomic import check_model
 from optimum_comp.beginning import Beginning, decide, in_front, losses_of_model, spread, start_tokens
-from optimum_comp.calibration import PYDOC, read_text, tokenize
+from optimum_comp.calibration.text import PYDOC, read_text, tokenize
 from optimum_comp.checkpoint.opening import trusted
 from optimum_comp.checkpoint.reader import resolve_folder
 from optimum_comp.checkpoint.source import empty_model
 from optimum_comp.configuration import require_begin
 from optimum_comp.core.layer_scores import next_token_loss
+from optimum_comp.files import check_model
 from optimum_comp.onnx.folders import GRAPH_FILES
 from optimum_comp.report.run import recorded_beginning
 from optimum_comp.utils import (

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from optimum_comp.atomic import JOURNAL, atomic_folder, check_folder, check_model
 from optimum_comp.beginning import Beginning, decide, losses_of_model, losses_of_source
-from optimum_comp.calibration import SELF, Calibration, CalibrationSource, prepare_calibration, source_name
+from optimum_comp.calibration.text import SELF, Calibration, CalibrationSource, prepare_calibration, source_name
 from optimum_comp.checkpoint.opening import find_device, open_source
 from optimum_comp.checkpoint.parts import join_parts
 from optimum_comp.checkpoint.reader import weight_files
@@ -29,6 +28,7 @@ from optimum_comp.core.allocation import Allocation, allocate
 from optimum_comp.families import FFN, HEADS, KV, LAYERS, family_of, renumber
 from optimum_comp.families.check import check_family, check_plan, check_result, shape_of, units_after
 from optimum_comp.families.cutting import apply_to_config
+from optimum_comp.files import JOURNAL, atomic_folder, check_folder, check_model
 from optimum_comp.report.run import CompReport, library_versions
 from optimum_comp.sweep.journal import Journal, is_complete
 from optimum_comp.sweep.memory import (

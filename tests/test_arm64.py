@@ -27,7 +27,7 @@ from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 from transformers.utils import logging as progress  # noqa: E402
 
-from optimum_comp.calibration import read_text, tokenize  # noqa: E402
+from optimum_comp.calibration.text import read_text, tokenize  # noqa: E402
 from optimum_comp.onnx.cache import cache_shapes  # noqa: E402
 from optimum_comp.onnx.export import export_onnx  # noqa: E402
 from optimum_comp.onnx.quantization import quantize_onnx  # noqa: E402

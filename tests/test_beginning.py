@@ -13,7 +13,7 @@ from tokenizers.processors import TemplateProcessing
 
 from optimum_comp import CompConfig, CompPruner
 from optimum_comp.beginning import Beginning, decide, losses_of_model, losses_of_source, spread, start_tokens
-from optimum_comp.calibration import Calibration, choose_blocks, prepare_calibration
+from optimum_comp.calibration.text import Calibration, choose_blocks, prepare_calibration
 from optimum_comp.checkpoint.opening import open_source
 from optimum_comp.checkpoint.source import ResidentModel
 from optimum_comp.compress import _samples, compress

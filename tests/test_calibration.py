@@ -9,7 +9,7 @@ from conftest import tiny_blocks, tiny_model, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimum_comp.calibration import (
+from optimum_comp.calibration.text import (
     choose_blocks,
     prepare_calibration,
     read_named_dataset,

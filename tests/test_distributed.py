@@ -13,7 +13,7 @@ import torch
 from conftest import CLI, run, tiny_blocks, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optimum_comp.calibration import read_text, tokenize
+from optimum_comp.calibration.text import read_text, tokenize
 from optimum_comp.evaluation import perplexity
 from optimum_comp.sweep.ranks import Ranks
 

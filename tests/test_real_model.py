@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_comp import CompConfig, CompPruner
-from optimum_comp.calibration import choose_blocks, read_text, tokenize
+from optimum_comp.calibration.text import choose_blocks, read_text, tokenize
 from optimum_comp.evaluation import load_model, perplexity
 from optimum_comp.onnx.export import export_onnx
 from optimum_comp.onnx.quantization import quantize_onnx

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from optimum_comp.atomic import check_model
 from optimum_comp.checkpoint.reader import Checkpoint, require_safetensors, resolve_folder, weight_files
 from optimum_comp.checkpoint.rope import require_portable
 from optimum_comp.checkpoint.source import ModelSource, ResidentModel, StreamedModel, empty_model
 from optimum_comp.families import Family, family_of
+from optimum_comp.files import check_model
 from optimum_comp.utils import get_logger
 
 

@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from optimum_comp.atomic import durably
 from optimum_comp.checkpoint.reader import INDEX
+from optimum_comp.files import durably
 
 
 _PATTERN = "model{suffix}.safetensors"

@@ -119,8 +119,8 @@ class BenchCommand(CompSubcommand):
 
     def execute(self) -> None:
         """Measure one after the other and print."""
-        from optimum_comp.atomic import check_model
         from optimum_comp.evaluation import evaluate_all
+        from optimum_comp.files import check_model
         from optimum_comp.report.plots import require_matplotlib, write_report
         from optimum_comp.report.table import evaluation_table
 

@@ -30,7 +30,7 @@ class FamiliesCommand(CompSubcommand):
         if args.model is not None:
             from transformers import AutoConfig
 
-            from optimum_comp.atomic import check_model
+            from optimum_comp.files import check_model
 
             check_model(args.model)
             trust = {"trust_remote_code": True} if args.trust_remote_code else {}

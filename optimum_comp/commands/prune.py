@@ -45,7 +45,7 @@ class PruneCommand(CompSubcommand):
 
     def execute(self) -> None:
         """Check everything that can be checked, then prune."""
-        from optimum_comp.atomic import check_folder
+        from optimum_comp.files import check_folder
         from optimum_comp.pruner import CompPruner
         from optimum_comp.report.run import CompReport
         from optimum_comp.sweep.journal import Journal, is_complete
@@ -90,7 +90,7 @@ class PruneCommand(CompSubcommand):
 
 
 def _what_remains(output: Path) -> Any:
-    from optimum_comp.atomic import JOURNAL
+    from optimum_comp.files import JOURNAL
     from optimum_comp.sweep.journal import Journal
 
     return Journal.read(output).hint() if (output / JOURNAL).is_file() else ""

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimum_comp.atomic import atomic_folder, check_model
 from optimum_comp.checkpoint.reader import require_safetensors
 from optimum_comp.checkpoint.rope import require_portable
+from optimum_comp.files import atomic_folder, check_model
 from optimum_comp.onnx.cache import open_cache
 from optimum_comp.onnx.folders import copy_companions, graph_bytes
 from optimum_comp.onnx.noise import without_noise

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from optimum_comp.atomic import atomic_folder, check_folder
+from optimum_comp.files import atomic_folder, check_folder
 from optimum_comp.onnx.export import check_checkpoint
 from optimum_comp.onnx.folders import MODEL_NAME, copy_companions, graph_bytes
 from optimum_comp.onnx.genai import (

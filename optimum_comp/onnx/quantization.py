@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import Tensor
 
-from optimum_comp.atomic import atomic_folder
 from optimum_comp.core.rounding import Blocks
 from optimum_comp.families import Family, family_of
+from optimum_comp.files import atomic_folder
 from optimum_comp.onnx.blocks import Assignment, round_weights, store_in_blocks
 from optimum_comp.onnx.cache import open_cache
 from optimum_comp.onnx.calibration import second_moments

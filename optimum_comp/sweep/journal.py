@@ -12,9 +12,9 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from optimum_comp.atomic import JOURNAL, durably, sync_file, sync_folder
 from optimum_comp.checkpoint.parts import write_part
 from optimum_comp.configuration import CompConfig
+from optimum_comp.files import JOURNAL, durably, sync_file, sync_folder
 from optimum_comp.report.run import REPORT_NAME
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from optimum_comp.atomic import durably
+from optimum_comp.files import durably
 from optimum_comp.report.run import LayerReport
 from optimum_comp.sweep.journal import Journal
 from optimum_comp.sweep.ranks import Ranks

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from optimum_comp.atomic import durably
+from optimum_comp.files import durably
 
 
 _COPY_BYTES = 2**24

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from optimum_comp.atomic import atomic_folder
+from optimum_comp.files import atomic_folder
 
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from optimum_comp.atomic import atomic_folder, check_folder
+from optimum_comp.files import atomic_folder, check_folder
 
 
 def model_folder(path: Path) -> Path:

@@ -97,7 +97,7 @@ def prepare_calibration(
     if isinstance(source, Tensor):
         return Calibration(_checked_blocks(source, num_samples, sequence_length), TOKEN_BLOCKS)
     if isinstance(source, str) and source == SELF:
-        from optimum_comp.self_calibration import write_text
+        from optimum_comp.calibration.self_written import write_text
 
         if model is None:
             raise ValueError('calibration="self" needs the model that is to write the text.')

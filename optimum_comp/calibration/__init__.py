@@ -1,0 +1,1 @@
+"""Text for calibration: what is given, and what the model writes itself."""
