@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -27,10 +28,11 @@ from optimum_comp.calibration.text import PYDOC, read_text, tokenize
 from optimum_comp.checkpoint.opening import trusted
 from optimum_comp.checkpoint.reader import resolve_folder
 from optimum_comp.checkpoint.source import empty_model
-from optimum_comp.configuration import require_begin
+from optimum_comp.configuration import BEGINS
 from optimum_comp.core.layer_scores import next_token_loss
 from optimum_comp.files import check_model
 from optimum_comp.onnx.folders import GRAPH_FILES
+from optimum_comp.options import Choice, Integer, Integers, Text, Texts, option, settings_class
 from optimum_comp.report.run import recorded_beginning
 from optimum_comp.utils import (
     file_bytes,
@@ -38,6 +40,7 @@ from optimum_comp.utils import (
     lookup_arguments,
     parameter_count,
     peak_memory_bytes,
+    plain_arguments,
     progress_disabled,
 )
 
@@ -47,58 +50,58 @@ logger = get_logger(__name__)
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.gguf", *GRAPH_FILES)
 
 
-@dataclass(frozen=True)
+@settings_class
 class Settings:
-    """What to measure.
+    """What to measure."""
 
-    Attributes:
-        text: file, dataset or `"pydoc"`; `None` leaves perplexity out.
-        text_column: column of a dataset that holds text.
-        window: tokens of a window, start tokens included; windows don't overlap, and a window's first token of text
-            isn't predicted.
-        max_tokens: how many tokens of the text are read at most; `None` reads all.
-        begin: whether windows begin with the tokens that the tokenizer puts in front of a text: `"auto"` (as
-            `comp_report.json` says, else unless the model does as well without), `"always"` or `"never"`.
-        begins_with: what they begin with where it is decided already; then `begin` isn't used.
-        prompts: what the model is asked.
-        new_tokens: tokens of an answer, and of a decode measurement.
-        prompt_tokens: length of the prompt of which prefill is measured; 0 leaves throughput out.
-        long_prompt_tokens: length of a second prompt of which prefill is measured; 0 for none.
-        repeats: throughput is the median of this many runs.
-        threads: processor threads; `None` leaves the runtime's default.
-    """
+    text: str | None = option(
+        Text("a file, a dataset's name or pydoc"),
+        "Text of which perplexity is measured: a file, a dataset as name[:config[:split]], or pydoc for Python's "
+        "documentation.",
+        optional=True,
+        metavar="FILE|DATASET",
+        default=PYDOC,
+    )
+    text_column: str | None = option(
+        Text("the name of a column"), "Column of a dataset that holds text.", default_text="text", default=None
+    )
+    window: int = option(
+        Integer(2),
+        "Tokens of a window, start tokens included; windows don't overlap, and a window's first token of text isn't "
+        "predicted.",
+        default=512,
+    )
+    max_tokens: int | None = option(
+        Integer(0), "Tokens of the text that are read at most; 0 reads all.", optional=True, default=20480
+    )
+    begin: str = option(
+        Choice(BEGINS),
+        "Whether each window begins with the tokens that the tokenizer puts in front of a text, as <bos>: auto (as "
+        "pruning found, else unless the model does as well without), always or never; the same where it puts nothing "
+        "there.",
+        default="auto",
+    )
+    begins_with: Sequence[int] | None = option(
+        Integers("a list of token ids"), "What windows begin with where that is decided already.", default=None
+    )
+    prompts: Sequence[str] = option(
+        Texts(), "What the model is asked; its greedy answer is shown.", flag="--prompt", metavar="TEXT", default=()
+    )
+    prompt_tokens: int = option(
+        Integer(0), "Length of the prompt of which throughput is measured; 0 for none.", default=128
+    )
+    long_prompt_tokens: int = option(
+        Integer(0), "Length of a second prompt of which prefill is measured; 0 for none.", default=0
+    )
+    new_tokens: int = option(Integer(2), "Tokens of an answer, and of a measurement of decoding.", default=32)
+    repeats: int = option(Integer(1), "Throughput is the median of so many runs.", default=3)
+    threads: int | None = option(
+        Integer(1), "Processor threads.", default_text="the runtime's own choice", default=None
+    )
 
-    text: str | None = PYDOC
-    text_column: str | None = None
-    window: int = 512
-    max_tokens: int | None = 20480
-    begin: str = "auto"
-    begins_with: Sequence[int] | None = None
-    prompts: Sequence[str] = ()
-    new_tokens: int = 32
-    prompt_tokens: int = 128
-    long_prompt_tokens: int = 0
-    repeats: int = 3
-    threads: int | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse what can't be measured."""
-        require_begin(self.begin)
-        if isinstance(self.prompts, str):
-            raise ValueError(f"prompts={self.prompts!r} is not valid: prompts must be a list of str.")
-        for name, low in (
-            ("window", 2),
-            ("new_tokens", 2),
-            ("prompt_tokens", 0),
-            ("long_prompt_tokens", 0),
-            ("repeats", 1),
-        ):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not valid: {name} must be an integer >= {low}.")
-        if self.max_tokens is not None and self.max_tokens < self.window:
+    def _require(self) -> None:
+        if self.max_tokens and self.max_tokens < self.window:
             raise ValueError(f"max_tokens={self.max_tokens} is not valid: one window takes {self.window} tokens.")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads={self.threads} is not valid: threads must be an integer >= 1.")
 
 
 @dataclass
@@ -208,8 +211,8 @@ def evaluate(path: str | Path, settings: Settings, **kwargs: Any) -> Evaluation:
     if settings.text is not None or settings.prompts:
         tokenizer = AutoTokenizer.from_pretrained(path, **lookup_arguments(kwargs))
     if settings.text is not None:
-        text, name = read_text(settings.text, settings.text_column, settings.max_tokens)
-        tokens = tokenize(tokenizer, text)[: settings.max_tokens]
+        text, name = read_text(settings.text, settings.text_column, settings.max_tokens or None)
+        tokens = tokenize(tokenizer, text)[: settings.max_tokens or None]
         if tokens.numel() < settings.window:
             raise ValueError(
                 f"{name} is too short: {tokens.numel()} tokens don't fill one window of {settings.window}; give more "
@@ -392,15 +395,27 @@ def evaluate_apart(path: str | Path, settings: Settings, **kwargs: Any) -> Evalu
 
     Raises:
         RuntimeError: the process failed; with the last lines that it wrote.
+        ValueError: JSON can't hold an argument.
     """
-    job = {"path": str(path), "settings": dataclasses.asdict(settings), "kwargs": kwargs}
+    job = {"path": str(path), "settings": dataclasses.asdict(settings), "kwargs": plain_arguments(kwargs)}
     environment = {**os.environ, "TQDM_DISABLE": "1"} if progress_disabled() else dict(os.environ)
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
-        command = [sys.executable, "-m", "optimum_comp.evaluation", json.dumps(job), str(result)]
-        done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, check=False)
+        command = [sys.executable, "-m", "optimum_comp.evaluation", str(result)]
+        # Not among the arguments, which everybody on the machine can read: there may be a token in it.
+        given = json.dumps(job)
+        done = subprocess.run(
+            command,
+            env=environment,
+            input=given,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
         if done.returncode != 0:
-            raise RuntimeError(f"evaluation of {path} failed:\n" + "\n".join(done.stderr.splitlines()[-5:]))
+            lines = done.stderr.splitlines()[-5:] or [f"it ended with {_ending(done.returncode)}"]
+            raise RuntimeError(f"evaluation of {path} failed:\n" + "\n".join(lines))
         return Evaluation(**json.loads(result.read_text(encoding="utf-8")))
 
 
@@ -425,10 +440,16 @@ def evaluate_all(
         yield name, result
 
 
+def _ending(status: int) -> str:
+    if status == -signal.SIGKILL:
+        return "SIGKILL: the system may have run out of memory"
+    return f"signal {-status}" if status < 0 else f"status {status}"
+
+
 def _main(arguments: Sequence[str]) -> None:
-    job = json.loads(arguments[0])
+    job = json.load(sys.stdin)
     result = evaluate(job["path"], Settings(**job["settings"]), **job["kwargs"])
-    Path(arguments[1]).write_text(json.dumps(result.to_dict()), encoding="utf-8")
+    Path(arguments[0]).write_text(json.dumps(result.to_dict()), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from optimum_comp.families import FFN, HEADS, KV, LAYERS, family_of, renumber
 from optimum_comp.families.check import check_family, check_plan, check_result, shape_of, units_after
 from optimum_comp.families.cutting import apply_to_config
 from optimum_comp.files import JOURNAL, atomic_folder, check_folder, check_model
+from optimum_comp.options import parse_bytes
 from optimum_comp.report.run import CompReport, library_versions
 from optimum_comp.sweep.journal import Journal, is_complete
 from optimum_comp.sweep.memory import (
@@ -38,7 +39,6 @@ from optimum_comp.sweep.memory import (
     disk_bytes,
     expected_seconds,
     good_batch_size,
-    parse_bytes,
     plan_memory,
     workload_of,
 )

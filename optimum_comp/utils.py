@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import logging
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,27 @@ def lookup_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Of the arguments of a model's `from_pretrained`, those that say where it is: config and tokenizer share them."""
     shared = ("gguf_file", "revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code")
     return {key: value for key, value in kwargs.items() if key in shared}
+
+
+def plain_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `from_pretrained` as JSON can hold them, for another process or a file.
+
+    Raises:
+        ValueError: it can't hold one; names it.
+    """
+    plain = {}
+    for name, value in kwargs.items():
+        # A dtype is written as transformers reads it.
+        given = str(value).removeprefix("torch.") if type(value).__name__ == "dtype" else value
+        given = os.fspath(given) if isinstance(given, os.PathLike) else given
+        try:
+            plain[name] = json.loads(json.dumps(given, allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{name}={value!r:.80} is not valid here: another process loads the model, so give words, numbers or "
+                "lists of them."
+            ) from error
+    return plain
 
 
 def format_bytes(size: float) -> str:

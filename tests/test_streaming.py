@@ -23,7 +23,8 @@ from optimum_comp.checkpoint.parts import join_parts, write_part
 from optimum_comp.checkpoint.reader import Checkpoint
 from optimum_comp.checkpoint.source import StreamedModel, empty_model, find_matmul_dtype
 from optimum_comp.evaluation import load_model
-from optimum_comp.sweep.memory import parse_bytes, plan_memory, workload_of
+from optimum_comp.options import parse_bytes
+from optimum_comp.sweep.memory import plan_memory, workload_of
 from optimum_comp.sweep.states import ActivationStore
 
 

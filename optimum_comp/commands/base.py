@@ -150,7 +150,7 @@ def quantization_arguments(args: Any) -> dict[str, Any]:
         ValueError: a budget that is none.
     """
     from optimum_comp.onnx.search import Budget
-    from optimum_comp.sweep.memory import parse_bytes
+    from optimum_comp.options import parse_bytes
 
     budget = None
     if args.max_perplexity_increase is not None or args.max_size is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import time
 from dataclasses import dataclass, replace
@@ -20,7 +19,6 @@ from optimum_comp.sweep.scoring import LOSS_SAMPLES
 from optimum_comp.utils import format_bytes, parameter_count
 
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _WIDEST_FLOAT64 = 4096
 _TOKENS_AT_A_TIME = {"cpu": 1024, "cuda": 8192}
 """With fewer tokens in a batch, matrix products get slow; with more, they get no faster."""
@@ -267,15 +265,3 @@ def check_disk(folder: Path, needed: int) -> None:
         raise OSError(
             f"the run needs {format_bytes(needed)} of disk space at {folder}, and {format_bytes(free)} are free."
         )
-
-
-def parse_bytes(text: str | int, name: str = "max_memory") -> int:
-    """`"4GB"`, `"1.5GiB"`, `"800 MB"` or a number of bytes.
-
-    Raises:
-        ValueError: anything else, or nothing.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", str(text).lower())
-    if not found or found[2] not in _UNITS or float(found[1]) <= 0:
-        raise ValueError(f"{name}={text!r} is not valid: give a size like 4GB or 1.5GiB.")
-    return int(float(found[1]) * _UNITS[found[2]])
