@@ -16,6 +16,8 @@ from huggingface_hub.utils import validate_repo_id
 COMPRESSION_SUMMARY = "comp_compress.json"
 JOURNAL = "comp_journal.json"
 """While a folder holds it, a pruning run in that folder isn't finished (see `journal`)."""
+STAGE_RECORD = "comp_stage.json"
+"""What whoever had a folder made wants to know it by; there exactly if the folder is complete."""
 
 _MARKERS = ("config.json", COMPRESSION_SUMMARY)
 """A folder is replaced only if it holds one of these: then it is a model, or a compression of ours."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,7 @@ class CompPruner:
         self._name = name
         self._name_arguments = name_arguments
         self._interrupted = False
+        self._record: dict[str, Any] | None = None
         self._ranks = Ranks(source.device)
         check_family(source.family, source.model)
         self._counts = source.family.counts(source.model.config, source.layers[0])
@@ -201,6 +203,7 @@ class CompPruner:
         max_shard_size: int | str = "5GB",
         overwrite: bool = False,
         resume: bool = False,
+        record: Mapping[str, Any] | None = None,
     ) -> CompReport:
         """Prune the model.
 
@@ -226,6 +229,9 @@ class CompPruner:
             overwrite: replace a model that is in `output` already, once the new one is complete.
             resume: go on with the unfinished run in `output`, if there is one; with its config and calibration text if
                 they aren't given. The result is that of an undisturbed run, byte for byte.
+            record: what the output is to be known by, as JSON has it: written into it as `comp_stage.json` together
+                with all else, so that it is there exactly if the model is. A run that is gone on with keeps the one
+                that it began with, if none is given; a model that is complete already keeps its own.
 
         Returns:
             What was done; also kept as `report`.
@@ -241,6 +247,7 @@ class CompPruner:
             raise ValueError(f"batch_size={batch_size!r} is not valid: it must be an integer >= 1.")
         if self.report is not None or self._interrupted:
             raise RuntimeError("this model has been pruned already; load it again with CompPruner.from_pretrained.")
+        self._record = _as_json(record)
         limit = None if max_memory is None else parse_bytes(max_memory)
         products = find_matmul_dtype(matmul_dtype, self._source)
         folder = None if output is None else Path(output)
@@ -249,6 +256,7 @@ class CompPruner:
         unfinished = self._ranks.from_first(looked)
         if unfinished is not None:
             config = unfinished.config(config)
+            self._record = self._record or unfinished.identity
             if unfinished.is_finishing:
                 # All layers are done, and the result has only to be put in its place.
                 if self._ranks.is_first:
@@ -403,11 +411,12 @@ class CompPruner:
             "device": self._source.device.type,
             "dtype": str(self._source.state_dtype),
             "versions": library_versions(),
+            "record": self._record,
         }
         journal: Journal | None = None
         if self._ranks.is_first:
             if unfinished is not None:
-                unfinished.require_same(run)
+                unfinished.go_on(run)
                 journal = unfinished
             else:
                 journal = Journal.start(folder)
@@ -547,6 +556,7 @@ class CompPruner:
             report=report,
             source=self._name,
             source_arguments=self._name_arguments,
+            record=self._record,
         )
 
     def _copy_generation_config(self, folder: Path) -> None:
@@ -621,6 +631,23 @@ class CompPruner:
 def _sizes(counts: dict[str, int]) -> str:
     heads = f", {counts[HEADS]} heads, {counts[KV]} key-value heads" if HEADS in counts else ""
     return f"{counts[FFN]} neurons{heads}"
+
+
+def _as_json(record: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """A record as it will be read from its file.
+
+    Raises:
+        ValueError: it holds what JSON can't.
+    """
+    if record is None:
+        return None
+    try:
+        found: dict[str, Any] = json.loads(json.dumps(dict(record), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"record={record!r} is not valid: it must be a dictionary that JSON can hold ({error})."
+        ) from error
+    return found
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -358,3 +358,30 @@ def test_what_fails_after_the_last_layer_deletes_none(tiny_folder, tmp_path, und
             prune(tiny_folder, tmp_path / "out")
     prune(tiny_folder, tmp_path / "out", resume=True)
     assert digest(tmp_path / "out") == undisturbed
+
+
+@pytest.mark.parametrize("again", [None, {"stage": 2}])
+def test_what_the_output_is_to_be_known_by_is_there_with_the_model(again, tiny_folder, tmp_path, monkeypatch):
+    record = {"stage": 1, "of": ["a", "b"]}
+    with monkeypatch.context() as patch:
+        patch.setattr(PruningRun, "_decide", lambda *_: (_ for _ in ()).throw(Stop()))
+        with pytest.raises(Stop):
+            prune(tiny_folder, tmp_path / "out", record=record)
+    assert Journal.read(tmp_path / "out").identity == record and not (tmp_path / "out" / "comp_stage.json").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(PruningRun, "_decide", lambda *_: (_ for _ in ()).throw(Stop()))
+        with pytest.raises(Stop):
+            prune(tiny_folder, tmp_path / "out", resume=True, record=again)
+    assert Journal.read(tmp_path / "out").identity == (again or record)
+    prune(tiny_folder, tmp_path / "out", resume=True)
+    assert json.loads((tmp_path / "out" / "comp_stage.json").read_text()) == (again or record)
+
+
+def test_a_record_of_a_model_in_memory_and_of_one_that_is_saved_later(tiny_folder, tmp_path):
+    for model in (tiny_model("llama"), tiny_folder):
+        pruner = CompPruner.from_pretrained(model)
+        with pytest.raises(ValueError, match=r"record=.*JSON"):
+            pruner.prune(CONFIG, tiny_blocks(8, 32), record={"no": {1, 2}})
+        pruner.prune(CONFIG, tiny_blocks(8, 32), record={"stage": 1})
+        pruner.save_pretrained(tmp_path / "out", overwrite=True)
+        assert json.loads((tmp_path / "out" / "comp_stage.json").read_text()) == {"stage": 1}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from optimum_comp.checkpoint.rope import portable
 from optimum_comp.checkpoint.tokenizer import save_tokenizer
 from optimum_comp.configuration import CompConfig
+from optimum_comp.files import STAGE_RECORD
 from optimum_comp.report.model_card import model_card
 from optimum_comp.report.run import CompReport
 
@@ -21,6 +23,7 @@ def fill_folder(
     report: CompReport,
     source: str | None,
     source_arguments: dict[str, Any],
+    record: Mapping[str, Any] | None = None,
 ) -> None:
     """Write what belongs to a pruned model beside its weights: portable config, tokenizer, side-cars and model card.
 
@@ -31,12 +34,15 @@ def fill_folder(
         report: what was done.
         source: folder or hub id of the dense model.
         source_arguments: how it was found.
+        record: what the folder is to be known by, written as `STAGE_RECORD`; `None` for none.
     """
     write_portable_config(folder / "config.json")
     save_tokenizer(folder, tokenizer, source, source_arguments)
     config.save_pretrained(folder)
     report.save(folder)
     model_card(report, config, base_model=source).save(folder / "README.md")
+    if record is not None:
+        (folder / STAGE_RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def upload(folder: Path, repo_id: str, **kwargs: Any) -> str:

@@ -21,7 +21,7 @@ from optimum_comp.report.run import REPORT_NAME
 WORK = "comp_work"
 """Subfolder with the pruned layers, the hidden states and the calibration tokens of an unfinished run."""
 
-_FORMAT = 2
+_FORMAT = 3
 _TOKENS = "tokens.safetensors"
 _LAYERS, _FINISHING = "layers", "finishing"
 
@@ -91,6 +91,12 @@ class Journal:
         found: dict[str, Any] = self.state["run"]
         return found
 
+    @property
+    def identity(self) -> dict[str, Any] | None:
+        """What the output is to be known by, if that was said."""
+        found: dict[str, Any] | None = self.run["record"]
+        return found
+
     def tokens(self) -> Tensor:
         """The calibration samples that `begin` recorded, `[samples, length]`."""
         return load_file(self.work / _TOKENS)["tokens"]
@@ -106,15 +112,20 @@ class Journal:
             self._require(given.fields(), self.run["config"])
         return stored
 
-    def require_same(self, run: dict[str, Any]) -> None:
-        """Refuse to go on with a run under other circumstances, in which it would come out otherwise.
+    def go_on(self, run: dict[str, Any]) -> None:
+        """Take the run up, but not under other circumstances, in which it would come out otherwise.
+
+        Args:
+            run: as for `begin`. What the output is to be known by may be another now.
 
         Raises:
             ValueError: names what differs.
         """
         # Where the model is may change; what it is may not.
-        movable = ("source", "arguments", "config")
+        movable = ("source", "arguments", "config", "record")
         self._require({k: v for k, v in run.items() if k not in movable}, self.run)
+        if run["record"] != self.identity:
+            self.record(run={**self.run, "record": run["record"]})
 
     def _require(self, now: dict[str, Any], then: dict[str, Any]) -> None:
         # Lists and tuples are the same in JSON.
