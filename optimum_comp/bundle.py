@@ -11,12 +11,13 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from optimum_comp import __version__
-from optimum_comp.files import atomic_folder, check_folder, check_model
+from optimum_comp.files import STAGE_RECORD, atomic_folder, check_folder, check_model, write_record
 from optimum_comp.onnx.export import check_checkpoint
 from optimum_comp.onnx.folders import MODEL_NAME, copy_companions
 from optimum_comp.onnx.fused import can_be_fused, fuse, greedy_tokens
@@ -107,6 +108,7 @@ def write_bundle(
     genai_python: str | Path | None = None,
     external_data_bytes: int = EXTERNAL_DATA_BYTES,
     overwrite: bool = False,
+    record: Mapping[str, Any] | None = None,
 ) -> BundleReport:
     """Make a self-contained folder of a quantized model.
 
@@ -125,6 +127,7 @@ def write_bundle(
         genai_python: interpreter of an environment with ONNX Runtime GenAI; `None` takes `COMP_GENAI_PYTHON`.
         external_data_bytes: size above which weights get a file of their own. With a fused graph they always do.
         overwrite: replace a bundle or a model that is in `output`.
+        record: what the output is to be known by; one of the bundle's files.
 
     Raises:
         FileExistsError: the output exists and isn't to be, or may not be, overwritten.
@@ -170,6 +173,8 @@ def write_bundle(
             _write_ort_format(folder, target)
         agrees = None if environment is None else _try(folder, environment, graph, notes)
         report = BundleReport(Path(output), target, recipe.get("name"), {}, graph, agrees, notes)
+        if record is not None:
+            write_record(folder, record)
         (folder / "README.md").write_text(_readme(folder, report, Path(output).resolve().name), encoding="utf-8")
         _write_manifest(folder, report, recipe, environment)
         files = _sizes(folder)
@@ -412,6 +417,8 @@ def _describe(path: str) -> str:
         "ort_config.json": "how it was quantized",
         "chat_template.jinja": "how a chat is written",
     }
+    if path == STAGE_RECORD:
+        return "what it was made from, and how"
     if path in known:
         return known[path]
     if path.endswith(".config"):

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 
 COMPRESSION_SUMMARY = "comp_compress.json"
+RECIPE = "comp_recipe.yaml"
+"""What `comp compress` does in a folder, from its beginning."""
 JOURNAL = "comp_journal.json"
 """While a folder holds it, a pruning run in that folder isn't finished (see `journal`)."""
 STAGE_RECORD = "comp_stage.json"
 """What whoever had a folder made wants to know it by; there exactly if the folder is complete."""
 
-_MARKERS = ("config.json", COMPRESSION_SUMMARY)
+_MARKERS = ("config.json", COMPRESSION_SUMMARY, RECIPE, STAGE_RECORD)
 """A folder is replaced only if it holds one of these: then it is a model, or a compression of ours."""
 
 
@@ -94,7 +98,11 @@ def check_model(folder: str | Path) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(
-    target: str | Path, *, overwrite: bool = False, sources: Sequence[str | Path] = ()
+    target: str | Path,
+    *,
+    overwrite: bool = False,
+    sources: Sequence[str | Path] = (),
+    record: Mapping[str, Any] | None = None,
 ) -> Iterator[Path]:
     """Fill a folder so that it is there complete, or not there.
 
@@ -108,6 +116,7 @@ def atomic_folder(
         overwrite: replace a model folder that is there. It stays untouched until the new one is complete.
         sources: folders or files that the work reads from, which the target must neither be nor touch; see
             `check_folder`.
+        record: what the folder is to be known by, written into it as `STAGE_RECORD`; `None` for none.
 
     Yields:
         A new, empty folder beside the target. It takes the target's place at the end of the block, and is removed if
@@ -125,12 +134,19 @@ def atomic_folder(
     partial.mkdir()
     try:
         yield partial
+        if record is not None:
+            write_record(partial, record)
         # Once more: hours may have passed, and somebody may have put something there.
         check_folder(target, overwrite=overwrite, sources=sources)
         _replace(target, partial, target.with_name(f".{target.name}.old-{token}"))
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write what a folder is to be known by into it."""
+    (folder / STAGE_RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager

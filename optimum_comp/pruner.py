@@ -193,7 +193,7 @@ class CompPruner:
     def prune(
         self,
         config: CompConfig | None = None,
-        calibration: CalibrationSource | None = None,
+        calibration: CalibrationSource | Calibration | None = None,
         *,
         output: str | Path | None = None,
         text_column: str | None = None,
@@ -214,7 +214,7 @@ class CompPruner:
             calibration: a text, JSONL, CSV or Parquet file, a dataset's name on the hub (`name`, `name:config` or
                 `name:config:split`), a `datasets.Dataset`, a list of texts, a tensor of token blocks
                 `[samples, length]`, or `"self"` (the default) for text that the model writes itself, which needs all
-                of it in memory.
+                of it in memory; or what `sample` has made of one of these.
             output: folder to write the pruned model to while it is made. With a safetensors checkpoint, the run can
                 then be gone on with after any interruption.
             text_column: the column of a dataset that holds text, if it isn't `text`.
@@ -347,10 +347,44 @@ class CompPruner:
         logger.info("%s is complete.", folder)
         return CompReport.load(folder)
 
+    @torch.no_grad()
+    def sample(
+        self,
+        config: CompConfig | None = None,
+        calibration: CalibrationSource | None = None,
+        *,
+        text_column: str | None = None,
+    ) -> Calibration:
+        """The calibration samples that `prune` would make, to be given to it (or to quantization) afterwards.
+
+        Args:
+            config: as for `prune`.
+            calibration: as for `prune`.
+            text_column: as for `prune`.
+
+        Raises:
+            ValueError: too little text, no such file, no such column, or no text in it.
+        """
+        config = CompConfig() if config is None else config
+        calibration = SELF if calibration is None else calibration
+        writes = isinstance(calibration, str) and calibration == SELF
+        model = self._source.whole() if writes else self._source.model
+        losses = losses_of_model(model) if writes else losses_of_source(self._source)
+        return prepare_calibration(
+            calibration,
+            model=model,
+            tokenizer=self.tokenizer,
+            num_samples=config.num_samples,
+            sequence_length=config.sequence_length,
+            seed=config.seed,
+            text_column=text_column,
+            begin=lambda pieces: decide(config.begin, self.tokenizer, pieces, losses, "Blocks"),
+        )
+
     def _samples(
         self,
         config: CompConfig,
-        calibration: CalibrationSource | None,
+        calibration: CalibrationSource | Calibration | None,
         text_column: str | None,
         journal: Journal | None,
     ) -> Calibration:
@@ -364,23 +398,17 @@ class CompPruner:
             tokens = self._ranks.from_first(journal.tokens() if self._ranks.is_first else torch.empty(0))
             return Calibration(tokens, known, Beginning.from_dict(journal.run["calibration"]))
         samples = None
-        if self._ranks.is_first:
-            calibration = SELF if calibration is None else calibration
-            writes = isinstance(calibration, str) and calibration == SELF
-            model = self._source.whole() if writes else self._source.model
-            losses = losses_of_model(model) if writes else losses_of_source(self._source)
-            samples = prepare_calibration(
-                calibration,
-                model=model,
-                tokenizer=self.tokenizer,
-                num_samples=config.num_samples,
-                sequence_length=config.sequence_length,
-                seed=config.seed,
-                text_column=text_column,
-                begin=lambda pieces: decide(config.begin, self.tokenizer, pieces, losses, "Blocks"),
-            )
+        if self._ranks.is_first and isinstance(calibration, Calibration):
+            samples = calibration
+        elif self._ranks.is_first:
+            samples = self.sample(config, calibration, text_column=text_column)
         shared = self._ranks.from_first(samples)
         assert shared is not None
+        if shared.tokens.shape != (config.num_samples, config.sequence_length):
+            raise ValueError(
+                f"the calibration samples are {tuple(shared.tokens.shape)}, and num_samples={config.num_samples} of "
+                f"sequence_length={config.sequence_length} are asked for."
+            )
         return shared
 
     def _begin(

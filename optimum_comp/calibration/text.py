@@ -152,6 +152,8 @@ def read_text(source: Any, text_column: str | None = None, needed: int | None = 
 
 def source_name(source: Any) -> str:
     """What a source will be called in the report, without reading it."""
+    if isinstance(source, Calibration):
+        return source.source
     if isinstance(source, Tensor):
         return TOKEN_BLOCKS
     if isinstance(source, (str, Path)):

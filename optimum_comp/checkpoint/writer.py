@@ -10,7 +10,7 @@ from typing import Any
 from optimum_comp.checkpoint.rope import portable
 from optimum_comp.checkpoint.tokenizer import save_tokenizer
 from optimum_comp.configuration import CompConfig
-from optimum_comp.files import STAGE_RECORD
+from optimum_comp.files import write_record
 from optimum_comp.report.model_card import model_card
 from optimum_comp.report.run import CompReport
 
@@ -42,7 +42,7 @@ def fill_folder(
     report.save(folder)
     model_card(report, config, base_model=source).save(folder / "README.md")
     if record is not None:
-        (folder / STAGE_RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_record(folder, record)
 
 
 def upload(folder: Path, repo_id: str, **kwargs: Any) -> str:

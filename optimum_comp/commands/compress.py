@@ -4,72 +4,121 @@ from __future__ import annotations
 
 from argparse import ArgumentParser
 from pathlib import Path
+from typing import Any
 
 from optimum.commands.base import CommandInfo
 
-from optimum_comp.commands.base import (
-    CompSubcommand,
-    add_common_arguments,
-    add_config_arguments,
-    add_loading_arguments,
-    add_quantization_arguments,
-    config_from,
-    loading_arguments,
-    quantization_arguments,
-    write_json,
-)
-from optimum_comp.commands.evaluate import add_measuring_arguments, settings_from
+from optimum_comp.commands.base import CompSubcommand, add_common_arguments, write_json
 
 
 class CompressCommand(CompSubcommand):
     """Prune, export, quantize, measure, report."""
 
-    COMMAND = CommandInfo(name="compress", help="The whole chain: prune, export, quantize, measure, report.")
+    COMMAND = CommandInfo(name="compress", help="The whole chain: prune, export, quantize, measure, bundle.")
 
-    @staticmethod
-    def parse_args(parser: ArgumentParser) -> None:
-        """Declare the options."""
-        parser.add_argument("-m", "--model", required=True, help="Local folder or hub id.")
-        add_config_arguments(parser)
-        add_quantization_arguments(parser)
+    def declare(self, parser: ArgumentParser) -> None:
+        """See `CompSubcommand`."""
+        from optimum_comp.commands import arguments
+        from optimum_comp.options import defaults_of, options_of
+        from optimum_comp.stages.quantize import QuantizeSettings
+        from optimum_comp.stages.recipe import shipped
+
+        parser.add_argument("-m", "--model", help="Local folder or hub id; not needed if the recipe names it.")
+        parser.add_argument(
+            "--recipe",
+            metavar="NAME|FILE",
+            help="What to do, as a YAML file or by name: "
+            + ", ".join(shipped())
+            + ";\nother options change it [that of --weights].",
+        )
+        parser.add_argument(
+            "--resume",
+            action="store_true",
+            help="Go on with what is in OUTPUT, by the recipe that lies there; other options\nchange it.",
+        )
+        arguments.add_pruning_arguments(parser)
+        group = parser.add_argument_group("quantization")
+        group.add_argument("--weights", choices=("int8", "int4"), help="Bits of the weights [int8].")
+        quantizing, defaults = options_of(QuantizeSettings), defaults_of(QuantizeSettings)
+        arguments.add_options(group, quantizing, defaults, without={"recipe"})
         bundle = parser.add_argument_group("for the phone")
         bundle.add_argument(
             "--bundle",
             type=Path,
             metavar="FOLDER",
             help="Write the quantized model there with all that ONNX Runtime and\n"
-            "ONNX Runtime GenAI need, a manifest and code to start from.",
+            "ONNX Runtime GenAI need, a manifest and code to start from\n"
+            "[a recipe with a bundle: OUTPUT/bundle].",
         )
         bundle.add_argument("--ort-format", action="store_true", help="With the model in ORT format, too.")
-        add_measuring_arguments(parser)
-        add_loading_arguments(parser)
-        parser.add_argument("--overwrite", action="store_true", help="Replace an earlier result in OUTPUT.")
+        arguments.add_measuring_arguments(parser)
+        arguments.add_loading_arguments(parser)
+        arguments.add_memory_argument(parser)
+        parser.add_argument(
+            "--overwrite", action="store_true", help="Replace, stage by stage, what was made otherwise in OUTPUT."
+        )
         add_common_arguments(parser)
         parser.add_argument("output", type=Path, metavar="OUTPUT", help="Output folder.")
 
     def execute(self) -> None:
         """Run the chain and print its table."""
-        from optimum_comp.compress import compress, suits_equalization
+        from optimum_comp.commands.arguments import loading_arguments
+        from optimum_comp.compress import run
+        from optimum_comp.stages.recipe import LOADING
 
         args = self.args
-        config, quantization = config_from(args), quantization_arguments(args)
-        if args.equalize is None and args.config is None:
-            config.equalize = suits_equalization(quantization["recipe"], quantization["budget"])
-        result = compress(
-            args.model,
+        loading = loading_arguments(args)
+        result = run(
+            self._recipe({name: value for name, value in loading.items() if name in LOADING}),
             args.output,
-            config=config,
-            calibration=args.calibration,
-            text_column=args.text_column,
-            batch_size=args.batch_size,
-            max_memory=args.max_memory,
-            matmul_dtype=args.matmul_dtype,
-            settings=settings_from(args, args.text),
+            loading={name: value for name, value in loading.items() if name not in LOADING},
             bundle=args.bundle,
-            ort_format=args.ort_format,
+            max_memory=args.max_memory,
             overwrite=args.overwrite,
-            **quantization,
-            **loading_arguments(args),
         )
         write_json(args.json, result.to_dict())
         print(result.text())
+
+    def _recipe(self, loading: dict[str, Any]) -> Any:
+        """The recipe with what the options change in it.
+
+        Raises:
+            ValueError: there is no such recipe, or it has no stage for an option.
+        """
+        from optimum_comp.commands.arguments import given_options, measuring_settings, pruning_settings
+        from optimum_comp.files import RECIPE
+        from optimum_comp.options import options_of
+        from optimum_comp.stages.quantize import QuantizeSettings, SampleSettings
+        from optimum_comp.stages.recipe import Recipe, find
+
+        args = self.args
+        if args.resume and args.recipe is not None:
+            raise ValueError("--resume takes the recipe that lies in OUTPUT; leave --recipe away.")
+        if args.recipe is not None and args.weights is not None:
+            raise ValueError("--recipe and --weights exclude each other.")
+        if args.resume and not (args.output / RECIPE).is_file():
+            raise ValueError(f"{args.output} holds nothing to go on with: it has no {RECIPE}.")
+        recipe = Recipe.read(args.output / RECIPE) if args.resume else find(args.recipe or args.weights or "int8")
+        quantize = given_options(args, set(options_of(QuantizeSettings)) - {"recipe"})
+        if args.weights is not None:
+            quantize["recipe"] = args.weights
+        prune = pruning_settings(args)
+        if recipe.stage("prune") is None:
+            # Then quantization makes its own samples.
+            quantize |= {name: prune.pop(name) for name in options_of(SampleSettings) if name in prune}
+        stages: dict[str, dict[str, Any]] = {"prune": prune, "quantize": quantize}
+        for stage, settings in stages.items():
+            if settings and recipe.stage(stage) is None:
+                raise ValueError(
+                    f"the recipe has no {stage}, which {', '.join(settings)} would be for; choose another recipe."
+                )
+        if args.bundle is not None or args.ort_format:
+            stages["bundle"] = {"ort_format": True} if args.ort_format else {}
+        changes: dict[str, Any] = {
+            "stages": {name: settings for name, settings in stages.items() if settings or name == "bundle"},
+            "measure": measuring_settings(args),
+            "loading": loading,
+        }
+        if args.model is not None:
+            changes["model"] = args.model
+        return recipe.changed(changes)

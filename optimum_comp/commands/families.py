@@ -15,9 +15,8 @@ class FamiliesCommand(CompSubcommand):
 
     COMMAND = CommandInfo(name="families", help="Which model families are supported, and what of each can be pruned.")
 
-    @staticmethod
-    def parse_args(parser: ArgumentParser) -> None:
-        """Declare the options."""
+    def declare(self, parser: ArgumentParser) -> None:
+        """See `CompSubcommand`."""
         parser.add_argument("-m", "--model", help="Say it of this model alone: local folder or hub id.")
         parser.add_argument("--trust-remote-code", action="store_true", help="Run code that comes with the model.")
         add_common_arguments(parser)

@@ -8,16 +8,7 @@ from typing import Any
 
 from optimum.commands.base import CommandInfo
 
-from optimum_comp.commands.base import (
-    CompSubcommand,
-    add_common_arguments,
-    add_config_arguments,
-    add_loading_arguments,
-    config_from,
-    is_configured,
-    loading_arguments,
-    write_json,
-)
+from optimum_comp.commands.base import CompSubcommand, add_common_arguments, write_json
 
 
 class PruneCommand(CompSubcommand):
@@ -25,13 +16,14 @@ class PruneCommand(CompSubcommand):
 
     COMMAND = CommandInfo(name="prune", help="Prune a model; writes a plain transformers checkpoint.")
 
-    @staticmethod
-    def parse_args(parser: ArgumentParser) -> None:
-        """Declare the options."""
+    def declare(self, parser: ArgumentParser) -> None:
+        """See `CompSubcommand`."""
+        from optimum_comp.commands.arguments import add_loading_arguments, add_memory_argument, add_pruning_arguments
+
         parser.add_argument("-m", "--model", help="Local folder or hub id; not needed with --resume.")
-        add_config_arguments(parser)
+        add_pruning_arguments(parser)
         add_loading_arguments(parser)
-        parser.add_argument("--device", help="Where layers run, one at a time: cpu, cuda or cuda:N [cpu].")
+        add_memory_argument(parser)
         parser.add_argument("--max-shard-size", default="5GB", help="Of the files in OUTPUT [5GB].")
         parser.add_argument("--overwrite", action="store_true", help="Replace a model that is in OUTPUT already.")
         parser.add_argument(
@@ -45,9 +37,11 @@ class PruneCommand(CompSubcommand):
 
     def execute(self) -> None:
         """Check everything that can be checked, then prune."""
+        from optimum_comp.commands.arguments import is_configured, loading_arguments, pruning_settings
         from optimum_comp.files import check_folder
         from optimum_comp.pruner import CompPruner
         from optimum_comp.report.run import CompReport
+        from optimum_comp.stages.prune import Prune
         from optimum_comp.sweep.journal import Journal, is_complete
         from optimum_comp.sweep.ranks import is_first_process
 
@@ -63,21 +57,22 @@ class PruneCommand(CompSubcommand):
         if model is None:
             raise ValueError(f"--model is missing, and {args.output} holds no unfinished run to take it from.")
         # What isn't given is as it was when the run began.
-        config = None if unfinished is not None and not is_configured(args) else config_from(args)
+        stage = Prune.from_settings(**pruning_settings(args))
+        config = None if unfinished is not None and not is_configured(args) else stage.config
         if not args.resume and is_first_process():
             # `prune` looks too, but only after a model may have been downloaded.
             check_folder(args.output, overwrite=args.overwrite, sources=[model])
-        device = args.device or (unfinished.run["device"] if unfinished is not None else None)
+        device = stage.running.device or (unfinished.run["device"] if unfinished is not None else None)
         pruner = CompPruner.from_pretrained(model, device=device, **loading)
         try:
             report = pruner.prune(
                 config,
-                args.calibration,
+                stage.calibration,
                 output=args.output,
-                text_column=args.text_column,
-                batch_size=args.batch_size,
+                text_column=stage.running.text_column,
+                batch_size=stage.running.batch_size,
                 max_memory=args.max_memory,
-                matmul_dtype=args.matmul_dtype,
+                matmul_dtype=stage.running.matmul_dtype,
                 max_shard_size=args.max_shard_size,
                 overwrite=args.overwrite,
                 resume=args.resume,

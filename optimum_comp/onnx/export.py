@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,12 @@ class ExportReport:
 
 
 def export_onnx(
-    model_dir: str | Path, output: str | Path, *, tolerance: float = 1e-3, overwrite: bool = False
+    model_dir: str | Path,
+    output: str | Path,
+    *,
+    tolerance: float = 1e-3,
+    overwrite: bool = False,
+    record: Mapping[str, Any] | None = None,
 ) -> ExportReport:
     """Export a checkpoint in float32 with Optimum's own exporter, and compare it with PyTorch.
 
@@ -68,6 +74,7 @@ def export_onnx(
         output: the folder to make; it opens with `ORTModelForCausalLM.from_pretrained`.
         tolerance: see above.
         overwrite: replace a model that is in `output`.
+        record: what the output is to be known by; see `atomic_folder`.
 
     Raises:
         FileExistsError: the output exists and isn't to be, or may not be, overwritten.
@@ -80,7 +87,7 @@ def export_onnx(
     source = Path(model_dir)
     _check_source(source)
     require_onnxruntime()
-    with atomic_folder(output, overwrite=overwrite, sources=[source]) as folder, without_noise():
+    with atomic_folder(output, overwrite=overwrite, sources=[source], record=record) as folder, without_noise():
         from optimum.exporters.onnx import main_export
 
         register_families()

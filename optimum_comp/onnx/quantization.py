@@ -67,6 +67,7 @@ def quantize_onnx(
     tokens: Tensor | None = None,
     plan: Plan | None = None,
     overwrite: bool = False,
+    record: Mapping[str, Any] | None = None,
 ) -> QuantizationReport:
     """Quantize an exported model.
 
@@ -81,6 +82,7 @@ def quantize_onnx(
         tokens: calibration samples `[samples, length]`, for recipes that round with text.
         plan: which weights are stored how, in place of the recipe's own choice.
         overwrite: replace a model that is in `output`.
+        record: what the output is to be known by; see `atomic_folder`.
 
     Raises:
         FileExistsError: the output exists and isn't to be, or may not be, overwritten.
@@ -96,7 +98,7 @@ def quantize_onnx(
     require_onnxruntime()
     import onnx
 
-    with atomic_folder(output, overwrite=overwrite, sources=[source]) as folder, without_noise():
+    with atomic_folder(output, overwrite=overwrite, sources=[source], record=record) as folder, without_noise():
         model = load_float_graph(source / MODEL_NAME)
         plan = plan or plan_of(model, settings, _family(source, settings), tokens)
         store_in_blocks(model, plan.assignment, rounded=plan.rounded, use_hqq=settings.rounding == "hqq")

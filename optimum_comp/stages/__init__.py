@@ -1,0 +1,1 @@
+"""The chain from a dense model to a bundle: stages, each kept under a key, and recipes that say which."""

@@ -1,0 +1,587 @@
+"""Runs a recipe in a folder: takes up what is there, makes what isn't, and loses nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from optimum_comp.beginning import Beginning
+from optimum_comp.calibration.text import SELF, Calibration, CalibrationSource
+from optimum_comp.checkpoint.reader import resolve_folder, weight_files
+from optimum_comp.configuration import CompConfig
+from optimum_comp.evaluation import Evaluation, Settings, count_parameters, evaluate_apart
+from optimum_comp.files import (
+    COMPRESSION_SUMMARY,
+    JOURNAL,
+    RECIPE,
+    STAGE_RECORD,
+    atomic_folder,
+    check_folder,
+    check_model,
+    clear_debris,
+    durably,
+    hold,
+)
+from optimum_comp.pruner import CompPruner
+from optimum_comp.report.run import CompReport
+from optimum_comp.stages.base import (
+    BUNDLE,
+    CHECKPOINT,
+    DENSE,
+    Artifact,
+    Stage,
+    digest,
+    file_digest,
+    key_of,
+    recorded_key,
+    source_identity,
+)
+from optimum_comp.stages.prune import Prune
+from optimum_comp.stages.quantize import HELD_OUT, Quantize, SampleSettings
+from optimum_comp.stages.recipe import LOADING, Recipe
+from optimum_comp.sweep.journal import Journal
+from optimum_comp.utils import format_bytes, get_logger, lookup_arguments, plain_arguments
+
+
+logger = get_logger(__name__)
+
+S = TypeVar("S", bound=Stage)
+
+NOTES = "comp_notes"
+"""Folder in the output for what was measured of each model, and what making it took."""
+_SAMPLES, _TOKENS = "comp_samples", "tokens.safetensors"
+
+
+@dataclass
+class Cost:
+    """What a step of the chain took.
+
+    Attributes:
+        seconds: wall time.
+        peak_memory_bytes: largest memory of the process, where it is this step's.
+        size_bytes: of the model that it made.
+        earlier: an earlier run has taken it.
+    """
+
+    seconds: float
+    peak_memory_bytes: int | None = None
+    size_bytes: int | None = None
+    earlier: bool = False
+
+    def __str__(self) -> str:
+        parts = [f"{self.seconds:.0f} s"]
+        if self.peak_memory_bytes is not None:
+            parts.append(f"{format_bytes(self.peak_memory_bytes)} of memory")
+        if self.size_bytes is not None:
+            parts.append(f"makes {format_bytes(self.size_bytes)}")
+        return ", ".join(parts) + (" (taken up from an earlier run)" if self.earlier else "")
+
+
+@dataclass
+class Outcome:
+    """What a chain has made.
+
+    Attributes:
+        models: name -> measurements, the dense model first.
+        results: stage -> what it tells of itself.
+        costs: step -> what it took, in order.
+        bundle: folder of the bundle; `None` if none is made.
+        notes: what the user has to know.
+    """
+
+    models: dict[str, Evaluation] = field(default_factory=dict)
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+    costs: dict[str, Cost] = field(default_factory=dict)
+    bundle: Path | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A stage in its place.
+
+    Attributes:
+        stage: the stage.
+        source: what it takes.
+        made: what it makes.
+        folder: where.
+        is_there: it is there already.
+    """
+
+    stage: Stage
+    source: Artifact
+    made: Artifact
+    folder: Path
+    is_there: bool
+
+
+class Chain:
+    """A recipe for one model and one folder.
+
+    Args:
+        recipe: what is done.
+        output: the folder; gets a subfolder a stage, the recipe, the measurements and `README.md`.
+        calibration: in place of what the recipe says; also what only memory holds.
+        loading: arguments of `from_pretrained`, over those of the recipe: also permissions and a token, which no file
+            grants.
+        bundle: folder of the bundle, if it isn't to be in the output.
+        max_memory: bytes that a process of the chain may take in all; `None` for what is free.
+        overwrite: replace, stage by stage, what was made otherwise.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        output: str | Path,
+        *,
+        calibration: CalibrationSource | None = None,
+        loading: Mapping[str, Any] | None = None,
+        bundle: str | Path | None = None,
+        max_memory: int | None = None,
+        overwrite: bool = False,
+    ):
+        if recipe.model is None:
+            raise ValueError("the recipe names no model; give one (--model).")
+        self.model = recipe.model
+        self.output, self.max_memory, self.overwrite = Path(output), max_memory, overwrite
+        self.loading = {**recipe.loading, **(loading or {})}
+        self.stages = _resolved(recipe.stages, calibration)
+        self.measure = recipe.measure
+        local = str(Path(self.model).resolve()) if Path(self.model).exists() else self.model
+        found = {name: value for name, value in self.loading.items() if name in LOADING}
+        self.recipe = dataclasses.replace(recipe, stages=self.stages, model=local, loading=found)
+        self._bundle = None if bundle is None else Path(bundle)
+        self._samples: Calibration | None = None
+        self._pruner: CompPruner | None = None
+        self._outcome = Outcome()
+        self._done: list[str] = []
+
+    @property
+    def pruner(self) -> CompPruner:
+        """The dense model, opened for pruning."""
+        if self._pruner is None:
+            prune = self._stage(Prune)
+            device = None if prune is None else prune.running.device
+            self._pruner = CompPruner.from_pretrained(self.model, device=device, **self.loading)
+        return self._pruner
+
+    @property
+    def target(self) -> str:
+        """The processor that quantization is for."""
+        quantize = self._stage(Quantize)
+        return "any" if quantize is None else quantize.settings.target
+
+    @property
+    def checkpoint(self) -> Path:
+        """Folder of the float model that is exported."""
+        return self.local([self.dense, *(step.made for step in self._steps if step.made.kind == CHECKPOINT)][-1])
+
+    @property
+    def num_samples(self) -> int:
+        """Calibration samples that quantization can look at."""
+        prune = self._stage(Prune)
+        return self._own_samples.num_samples + HELD_OUT if prune is None else prune.config.num_samples
+
+    @property
+    def _own_samples(self) -> SampleSettings:
+        quantize = self._stage(Quantize)
+        return (None if quantize is None else quantize.samples) or SampleSettings()
+
+    @cached_property
+    def parameters_after(self) -> int:
+        """Parameters of the model that is quantized, about."""
+        dense = count_parameters(self._config)
+        prune = self._stage(Prune)
+        return dense if prune is None else dense - self.pruner.plan(prune.config).parameters
+
+    @cached_property
+    def _config(self) -> Any:
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(self.model, **lookup_arguments(self.loading))
+
+    @cached_property
+    def _folder(self) -> Path:
+        """Where the dense model's files are."""
+        return resolve_folder(self.model, lookup_arguments(self.loading))
+
+    def local(self, artifact: Artifact) -> Path:
+        """An artifact's folder on this machine."""
+        return self._folder if artifact.name == DENSE else artifact.folder
+
+    @cached_property
+    def dense(self) -> Artifact:
+        """What the chain begins with, known by its files."""
+        weights = {path.name for path in weight_files(self._folder)}
+        given = self.loading.get("gguf_file")
+        files = [
+            path
+            for path in sorted(self._folder.iterdir())
+            if path.is_file() and (path.name in weights or path.name == given or path.suffix in _SMALL)
+        ]
+        if not weights and given is None:
+            files += sorted(self._folder.glob("*.bin"))
+        loading = {name: str(value) for name, value in sorted(self.loading.items()) if name in ("dtype", "gguf_file")}
+        return Artifact(
+            DENSE,
+            self.model,
+            CHECKPOINT,
+            digest({"files": {path.name: file_digest(path) for path in files}, "loading": loading}),
+        )
+
+    @cached_property
+    def samples_key(self) -> str:
+        """The key under which calibration samples are kept."""
+        config, source, column = self._sampling()
+        fields = {name: getattr(config, name) for name in ("num_samples", "sequence_length", "seed", "begin")}
+        return digest({"model": self.dense.key, "source": source_identity(source), "column": column, **fields})
+
+    def _sampling(self) -> tuple[CompConfig, CalibrationSource | None, str | None]:
+        """How samples are made: their number and length, the source, and the column of it that holds text."""
+        prune = self._stage(Prune)
+        if prune is not None:
+            return prune.config, prune.calibration, prune.running.text_column
+        own = self._own_samples
+        config = CompConfig(num_samples=self.num_samples, sequence_length=own.sequence_length, begin=own.begin)
+        return config, own.calibration, own.text_column
+
+    def samples(self) -> Calibration:
+        """Calibration samples: those that are kept, else new ones, which are kept."""
+        if self._samples is None:
+            folder = self.output / _SAMPLES
+            if recorded_key(folder) == self.samples_key:
+                self._samples = _load_samples(folder)
+        if self._samples is None:
+            config, source, column = self._sampling()
+            made = self.pruner.sample(config, source, text_column=column)
+            record = {"stage": "samples", "key": self.samples_key, **made.describe()}
+            clear_debris(self.output / _SAMPLES)
+            # Not a model, and so never overwritten by `atomic_folder`'s rules.
+            with atomic_folder(self.output / _SAMPLES, overwrite=True, record=record) as folder:
+                save_file({"tokens": made.tokens.contiguous()}, folder / _TOKENS)
+            self._samples = made
+        return self._samples
+
+    @cached_property
+    def _steps(self) -> list[_Step]:
+        steps: list[_Step] = []
+        source = self.dense
+        for stage in self.stages:
+            name = stage.place(source.name)
+            folder = self._bundle if stage.makes == BUNDLE and self._bundle is not None else self.output / name
+            key = key_of(stage, source.key, self)
+            there = recorded_key(folder) if not (folder / JOURNAL).is_file() else None
+            if there is not None and there != key and isinstance(stage, Prune) and stage.is_equalized is None:
+                other = stage.equalized(not stage.config.equalize)
+                if key_of(other, source.key, self) == there:
+                    key, stage = there, other
+                    bits = ("8", "", "4", "no-equalize") if other.config.equalize else ("4", "not ", "8", "equalize")
+                    self._outcome.notes.append(_OTHERWISE.format(*bits))
+            made = Artifact(name, str(folder), stage.makes, key)
+            steps.append(_Step(stage, source, made, folder, there == key))
+            source = made
+        return steps
+
+    def run(self) -> Outcome:
+        """Do what isn't done yet.
+
+        Raises:
+            FileExistsError: what is in the output was made otherwise, or isn't a compression.
+            ValueError: something that was asked for isn't possible.
+            RuntimeError: a step failed; says what is kept.
+            ImportError: something isn't installed.
+            OSError: a file can't be read or written; says what is kept.
+        """
+        self._refuse()
+        self.output.mkdir(parents=True, exist_ok=True)
+        with hold(self.output), self._keeping():
+            self._steps_again()
+            self.recipe.write(self.output / RECIPE)
+            self._tell_plan()
+            source = self._sampling()[1]
+            wants_samples = any(not step.is_there and self._needs_samples(step.stage) for step in self._steps)
+            if wants_samples and source is not None and source != SELF:
+                # Said before anything takes long: that there is too little text.
+                self.samples()
+            settings = self._measured(self.dense, self.measure)
+            for step in self._steps:
+                if step.made.kind == BUNDLE:
+                    # The models are measured before they are put together.
+                    self._measure_all(settings)
+                self._make(step)
+            self._measure_all(settings)
+        return self._outcome
+
+    def hint(self) -> str:
+        """What is kept, and how to go on with it."""
+        if not (self.output / RECIPE).is_file():
+            return ""
+        done = f"{', '.join(self._done)} {'is' if len(self._done) == 1 else 'are'} kept in {self.output}; " * bool(
+            self._done
+        )
+        return f"{done}go on with the same command, or\n  optimum-cli comp compress --resume {self.output}"
+
+    def _stage(self, kind: type[S]) -> S | None:
+        return next((stage for stage in self.stages if isinstance(stage, kind)), None)
+
+    def _needs_samples(self, stage: Stage) -> bool:
+        return isinstance(stage, Prune) or (isinstance(stage, Quantize) and stage.settings.wants_text)
+
+    def _refuse(self) -> None:
+        """Refuse what can be refused before any work."""
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(
+                "compress runs in one process; prune with several (optimum-cli comp prune), and give what they made "
+                "to a recipe without prune."
+            )
+        check_model(self.model)
+        plain_arguments(self.loading)
+        self._check_output()
+        quantize = self._stage(Quantize)
+        if quantize is not None and quantize.samples is not None and self._stage(Prune) is not None:
+            raise ValueError("quantization after pruning looks at the pruning's samples; give calibration to prune.")
+        for stage in self.stages:
+            stage.check(self)
+        for step in self._steps:
+            self._check_place(step)
+
+    def _check_output(self) -> None:
+        sources = [Path(self.model)] if Path(self.model).exists() else []
+        is_ours = any((self.output / name).is_file() for name in (RECIPE, COMPRESSION_SUMMARY))
+        if not is_ours and (self.output / "config.json").is_file():
+            raise FileExistsError(f"{self.output} holds a model, not a compression; choose another output folder.")
+        check_folder(self.output, overwrite=is_ours, sources=sources)
+        if self._bundle is None:
+            return
+        folders = self.output.resolve(), self._bundle.resolve()
+        if folders[0] == folders[1] or folders[0].is_relative_to(folders[1]) or folders[1].is_relative_to(folders[0]):
+            raise ValueError(
+                f"the bundle {self._bundle} and the output {self.output} are one folder, or one holds the other. "
+                "Choose folders beside each other."
+            )
+
+    def _check_place(self, step: _Step) -> None:
+        """Refuse to replace unasked what was made otherwise."""
+        sources = [Path(self.model)] if Path(self.model).exists() else []
+        if step.is_there or not step.folder.exists():
+            check_folder(step.folder, overwrite=True, sources=sources)
+            return
+        record = step.stage.record(step.made.key, step.source.key, self)
+        if (step.folder / JOURNAL).is_file():
+            journal = Journal.find(step.folder)
+            if journal is None or self.overwrite or journal.identity == record:
+                return
+            there = journal.identity
+        else:
+            check_folder(step.folder, overwrite=True, sources=sources)
+            if self.overwrite or not any(step.folder.iterdir()):
+                return
+            there = _record_in(step.folder)
+        raise FileExistsError(
+            f"{step.folder} was made otherwise{_difference(there, record)}. Choose another output folder, or have it "
+            "replaced: --overwrite."
+        )
+
+    def _steps_again(self) -> None:
+        """Look once more, now that nobody else is at work here, and clear away what a kill has left."""
+        for step in self._steps:
+            clear_debris(step.folder)
+        self._outcome.notes.clear()
+        del self.__dict__["_steps"]
+        for step in self._steps:
+            self._check_place(step)
+        # One that is taken up as it is may be another than was planned.
+        self.recipe = dataclasses.replace(self.recipe, stages=tuple(step.stage for step in self._steps))
+
+    def _tell_plan(self) -> None:
+        there = [step.made.name for step in self._steps if step.is_there]
+        anew = [step.made.name for step in self._steps if not step.is_there]
+        if there:
+            logger.info(
+                "Taking up %s; %s.", ", ".join(there), f"making {', '.join(anew)}" if anew else "nothing to make"
+            )
+        for note in self._outcome.notes:
+            logger.warning("%s", note)
+
+    def _make(self, step: _Step) -> None:
+        stage, outcome = step.stage, self._outcome
+        if stage.makes == BUNDLE:
+            outcome.bundle = step.folder
+        if step.is_there:
+            notes = self._read_notes(step.made)
+            outcome.results[stage.name] = notes.get("result") or _told(step)
+            if "cost" in notes:
+                outcome.costs[stage.name] = Cost(**{**notes["cost"], "earlier": True})
+        else:
+            logger.info("%s: making %s ...", stage.name, step.made.name)
+            record = stage.record(step.made.key, step.source.key, self)
+            started = time.perf_counter()
+            result = stage.run(step.source, step.folder, self, record)
+            cost = Cost(time.perf_counter() - started, result.get("peak_memory_bytes"), _bytes_of(step.folder))
+            outcome.results[stage.name], outcome.costs[stage.name] = result, cost
+            self._note(step.made, result=result, cost=dataclasses.asdict(cost))
+        if isinstance(stage, Prune):
+            # Its memory is wanted by what follows.
+            self._pruner = None
+            gc.collect()
+        self._done.append(step.made.name)
+
+    def _measure_all(self, settings: Settings) -> None:
+        for step in self._steps:
+            if step.made.kind != BUNDLE and step.made.name not in self._outcome.models:
+                self._measured(step.made, settings)
+
+    def _measured(self, artifact: Artifact, settings: Settings) -> Settings:
+        """Measure a model, if that hasn't been done; returns the settings for those that are compared with it."""
+        loading = plain_arguments(self.loading) if artifact.name == DENSE else self._permissions
+        wanted = {
+            "model": artifact.key,
+            "settings": dataclasses.asdict(settings),
+            "text": None if settings.text is None else source_identity(settings.text),
+        }
+        key = digest(wanted)
+        notes = self._read_notes(artifact)
+        started = time.perf_counter()
+        if notes.get("measured") == key:
+            found = Evaluation(**notes["evaluation"])
+        else:
+            logger.info("Measuring %s ...", artifact.name)
+            found = evaluate_apart(artifact.place, settings, **loading)
+            found.model = str(self.model) if artifact.name == DENSE else artifact.name
+            self._note(artifact, measured=key, evaluation=found.to_dict())
+            cost = self._outcome.costs.setdefault("measure", Cost(0.0))
+            cost.seconds += time.perf_counter() - started
+        self._outcome.models[artifact.name] = found
+        if settings.text is not None and settings.begins_with is None:
+            # Models whose windows begin differently can't be compared.
+            return dataclasses.replace(settings, begins_with=found.begins_with)
+        return settings
+
+    @property
+    def _permissions(self) -> dict[str, Any]:
+        return {name: value for name, value in self.loading.items() if name == "trust_remote_code"}
+
+    def _note_file(self, artifact: Artifact) -> Path:
+        return self.output / NOTES / f"{artifact.name}.json"
+
+    def _read_notes(self, artifact: Artifact) -> dict[str, Any]:
+        """What is known of an artifact; nothing if what is known is of another."""
+        try:
+            found = json.loads(self._note_file(artifact).read_text(encoding="utf-8"))
+            if found["key"] != artifact.key:
+                return {}
+            if "evaluation" in found:
+                Evaluation(**found["evaluation"])
+            if "cost" in found:
+                Cost(**found["cost"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return {}
+        return dict(found)
+
+    def _note(self, artifact: Artifact, **known: Any) -> None:
+        notes = {"key": artifact.key, **self._read_notes(artifact), **known}
+        path = self._note_file(artifact)
+        path.parent.mkdir(exist_ok=True)
+        with durably(path) as partial:
+            partial.write_text(json.dumps(notes, indent=1, default=str) + "\n", encoding="utf-8")
+
+    @contextlib.contextmanager
+    def _keeping(self) -> Iterator[None]:
+        """Say of any failure what is kept, and how to go on."""
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt(self.hint()) from error
+        except MemoryError as error:
+            raise RuntimeError(f"out of memory; {self.hint()}") from error
+        except (ValueError, OSError, RuntimeError, ImportError, FloatingPointError) as error:
+            raise _like(error, f"{error}\n{self.hint()}") from error
+        except Exception as error:
+            # Of libraries: ONNX Runtime's own kinds, for instance.
+            raise RuntimeError(f"{type(error).__name__}: {error}\n{self.hint()}") from error
+
+
+_SMALL = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken")
+"""Files of a checkpoint, beside its weights, that say what the model is."""
+
+_OTHERWISE = (
+    "pruned is taken up as it was made for {} bits ({}equalized), which costs {} bits some quality; to have it made "
+    "anew, say --{} and give another output folder, or --overwrite."
+)
+
+
+def _resolved(stages: Sequence[Stage], calibration: CalibrationSource | None) -> tuple[Stage, ...]:
+    """The stages with what some decide for others, and with samples that only memory holds."""
+    quantize = next((stage for stage in stages if isinstance(stage, Quantize)), None)
+    found: list[Stage] = []
+    for stage in stages:
+        if isinstance(stage, Prune):
+            stage = Prune(
+                stage.config,
+                stage.running,
+                stage.calibration if calibration is None else calibration,
+                is_equalized=stage.is_equalized,
+            )
+            if stage.is_equalized is None and quantize is not None:
+                stage = stage.equalized(quantize.settings.suits_equalization)
+        found.append(stage)
+    return tuple(found)
+
+
+def _like(error: Exception, text: str) -> Exception:
+    """An error of the same kind that says more."""
+    for kind in (FileExistsError, OSError, ValueError, FloatingPointError, ImportError):
+        if isinstance(error, kind):
+            return kind(text)
+    return RuntimeError(text)
+
+
+def _load_samples(folder: Path) -> Calibration | None:
+    try:
+        tokens = load_file(folder / _TOKENS)["tokens"]
+        told = json.loads((folder / STAGE_RECORD).read_text(encoding="utf-8"))
+        found = Calibration(tokens, told["source"], Beginning.from_dict(told))
+        return found if found.describe()["sha256"] == told["sha256"] else None
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        return None
+
+
+def _told(step: _Step) -> dict[str, Any]:
+    """What a folder tells of how it was made, where no note does."""
+    if isinstance(step.stage, Prune):
+        return CompReport.load(step.folder).summary()
+    return {}
+
+
+def _record_in(folder: Path) -> Any:
+    try:
+        return json.loads((folder / STAGE_RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def _difference(there: Any, record: Mapping[str, Any]) -> str:
+    """The first setting that differs, in words."""
+    then = there.get("settings") if isinstance(there, Mapping) else None
+    if not isinstance(then, Mapping):
+        return " (it doesn't say how)"
+    for name, value in record["settings"].items():
+        if json.loads(json.dumps(value)) != then.get(name):
+            return f" ({name}={then.get(name)!r:.60}, not {value!r:.60})"
+    return " (of another model)"
+
+
+def _bytes_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,70 @@
+"""The stage that exports to ONNX."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from optimum_comp.onnx.export import export_onnx
+from optimum_comp.onnx.runtime import require_onnxruntime
+from optimum_comp.options import Number, Option, option, options_of, settings_class
+from optimum_comp.stages.base import CHECKPOINT, ONNX, Artifact, Stage
+
+
+@settings_class
+class ExportSettings:
+    """How an export is judged."""
+
+    tolerance: float = option(
+        Number("(0, inf)"),
+        "Largest difference of a logit to PyTorch's with which an export is kept, relative to the largest logit if "
+        "that is above 1.",
+        default=1e-3,
+    )
+
+
+class Export(Stage):
+    """Makes a float32 graph.
+
+    Args:
+        settings: how it is judged.
+    """
+
+    name, takes, makes = "export", CHECKPOINT, ONNX
+
+    def __init__(self, settings: ExportSettings | None = None):
+        self.settings = settings or ExportSettings()
+
+    @classmethod
+    def options(cls) -> dict[str, Option]:
+        """See `Stage`."""
+        return options_of(ExportSettings)
+
+    @classmethod
+    def from_settings(cls, **given: Any) -> Export:
+        """See `Stage`."""
+        return cls(ExportSettings(**given))
+
+    def to_dict(self) -> dict[str, Any]:
+        """See `Stage`."""
+        return {"tolerance": self.settings.tolerance}
+
+    def identity(self, chain: Any) -> dict[str, Any]:
+        """See `Stage`."""
+        return self.to_dict()
+
+    def place(self, before: str) -> str:
+        """See `Stage`."""
+        return f"{before}-onnx"
+
+    def check(self, chain: Any) -> None:
+        """See `Stage`."""
+        require_onnxruntime()
+
+    def run(self, source: Artifact, target: Path, chain: Any, record: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Stage`."""
+        report = export_onnx(
+            chain.local(source), target, tolerance=self.settings.tolerance, overwrite=True, record=record
+        )
+        return {"seconds": report.seconds, "size_bytes": report.size_bytes}

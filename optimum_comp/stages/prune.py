@@ -1,0 +1,155 @@
+"""The stage that prunes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from optimum_comp.calibration.text import CalibrationSource
+from optimum_comp.checkpoint.source import MATMUL_DTYPES
+from optimum_comp.configuration import DEFAULTS, FIELDS, OPTIONS, PRESETS, CompConfig
+from optimum_comp.files import JOURNAL
+from optimum_comp.options import Choice, Integer, Option, Text, option, options_of, settings_class
+from optimum_comp.stages.base import (
+    CHECKPOINT,
+    IN_MEMORY,
+    Artifact,
+    Stage,
+    source_identity,
+    written_source,
+)
+from optimum_comp.sweep.journal import Journal
+
+
+@settings_class
+class Running:
+    """How a pruning run goes about it, beyond what `CompConfig` says."""
+
+    calibration: str | None = option(
+        Text("a file, a dataset's name, self or pydoc"),
+        "Calibration text: a text, JSONL, CSV or Parquet file; a dataset as name[:config[:split]]; self: text that "
+        "the model writes; pydoc: Python's documentation.",
+        default=None,
+        default_text="self",
+        metavar="FILE|DATASET|self",
+    )
+    text_column: str | None = option(
+        Text("the name of a column"), "Column of a dataset that holds text.", default=None, default_text="text"
+    )
+    batch_size: int | None = option(
+        Integer(1),
+        "Samples that go through a layer at a time.",
+        default=None,
+        default_text="about 1024 tokens",
+    )
+    matmul_dtype: str = option(
+        Choice(MATMUL_DTYPES),
+        "Round factors of matrix products to this while layers run on a CPU: float32 (not at all), bfloat16, or auto: "
+        "bfloat16 where the processor has it.",
+        default="auto",
+    )
+    device: str | None = option(
+        Text("cpu, cuda or cuda:N"),
+        "Where layers run, one at a time: cpu, cuda or cuda:N.",
+        default=None,
+        default_text="cpu",
+    )
+
+
+PRESET = Option(
+    Choice(tuple(PRESETS)),
+    "Settings to start from: comp (least squares), comp-mask (mask tuning, the paper's own recovery) or fasp.",
+    optional=True,
+    default_text="comp",
+)
+
+
+class Prune(Stage):
+    """Makes a smaller checkpoint.
+
+    Args:
+        config: how; its `equalize` holds if `is_equalized` is `None` and nothing after it has a say.
+        running: how to go about it.
+        calibration: in place of what `running` says; also what only memory holds.
+        is_equalized: what the user wants; `None` leaves it to what comes after.
+    """
+
+    name, takes, makes = "prune", CHECKPOINT, CHECKPOINT
+
+    def __init__(
+        self,
+        config: CompConfig,
+        running: Running,
+        calibration: CalibrationSource | None = None,
+        *,
+        is_equalized: bool | None = None,
+    ):
+        self.config, self.running = config, running
+        self.calibration: CalibrationSource | None = running.calibration if calibration is None else calibration
+        self.is_equalized = is_equalized
+
+    @classmethod
+    def options(cls) -> dict[str, Option]:
+        """See `Stage`."""
+        return {"preset": PRESET, **OPTIONS, **options_of(Running)}
+
+    @classmethod
+    def from_settings(cls, **given: Any) -> Prune:
+        """See `Stage`."""
+        preset = PRESETS[PRESET.check("preset", given.get("preset")) or "comp"]
+        fields = {name: given.get(name, preset.get(name, DEFAULTS[name])) for name in FIELDS}
+        running = Running(**{name: given[name] for name in options_of(Running) if name in given})
+        return cls(CompConfig(**fields), running, is_equalized=given.get("equalize"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """See `Stage`."""
+        running = {name: getattr(self.running, name) for name in options_of(Running)}
+        running = {name: value for name, value in running.items() if value is not None}
+        return {**self.config.fields(), **running, "calibration": written_source(self.calibration)}
+
+    def equalized(self, value: bool) -> Prune:
+        """The same, with or without equalization."""
+        config = CompConfig(**{**self.config.fields(), "equalize": value})
+        return Prune(config, self.running, self.calibration, is_equalized=self.is_equalized)
+
+    def identity(self, chain: Any) -> dict[str, Any]:
+        """See `Stage`."""
+        return {
+            **self.config.fields(),
+            "calibration": source_identity(self.calibration),
+            "text_column": self.running.text_column,
+            "matmul_dtype": self.running.matmul_dtype,
+            "device": (self.running.device or "cpu").split(":")[0],
+        }
+
+    def place(self, before: str) -> str:
+        """See `Stage`."""
+        return "pruned"
+
+    def check(self, chain: Any) -> None:
+        """See `Stage`."""
+        if isinstance(self.calibration, str) and self.calibration.startswith(IN_MEMORY):
+            raise ValueError(
+                "the recipe's calibration samples were given in memory, and no file holds them; give them again, or "
+                "--calibration FILE."
+            )
+        chain.pruner.plan(self.config)
+
+    def run(self, source: Artifact, target: Path, chain: Any, record: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Stage`."""
+        unfinished = Journal.find(target) if (target / JOURNAL).is_file() else None
+        goes_on = unfinished is not None and unfinished.identity == dict(record)
+        report = chain.pruner.prune(
+            self.config,
+            chain.samples(),
+            output=target,
+            batch_size=self.running.batch_size,
+            max_memory=chain.max_memory,
+            matmul_dtype=self.running.matmul_dtype,
+            overwrite=not goes_on,
+            resume=goes_on,
+            record=record,
+        )
+        found: dict[str, Any] = report.summary()
+        return found
