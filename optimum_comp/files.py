@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -22,18 +24,23 @@ JOURNAL = "comp_journal.json"
 """While a folder holds it, a pruning run in that folder isn't finished (see `journal`)."""
 STAGE_RECORD = "comp_stage.json"
 """What whoever had a folder made wants to know it by; there exactly if the folder is complete."""
+LOCK = ".comp_lock"
+"""Is in a folder while a process is at work in it; see `hold`."""
 
 _MARKERS = ("config.json", COMPRESSION_SUMMARY, RECIPE, STAGE_RECORD)
 """A folder is replaced only if it holds one of these: then it is a model, or a compression of ours."""
 
 
-def check_folder(target: str | Path, *, overwrite: bool = False, sources: Sequence[str | Path] = ()) -> Path:
+def check_folder(
+    target: str | Path, *, overwrite: bool = False, sources: Sequence[str | Path] = (), in_place: bool = False
+) -> Path:
     """Say now what `atomic_folder` would refuse, for work that should fail before it starts.
 
     Args:
         target: the folder that is to be made.
         overwrite: it may hold a model already.
         sources: what the work reads from; one that isn't there, as the hub's name of a model, is in nobody's way.
+        in_place: files are written into the target itself, so that nothing has to be made beside it.
 
     Returns:
         The target, absolute and with symbolic links followed.
@@ -41,6 +48,8 @@ def check_folder(target: str | Path, *, overwrite: bool = False, sources: Sequen
     Raises:
         FileExistsError: the target is a file; or a folder with something in it and `overwrite` is off; or a folder
             that isn't a model.
+        NotADirectoryError: a file is where a folder above the target has to be.
+        PermissionError: nothing can be written there.
         ValueError: the target is one of the sources, inside one, or around one.
     """
     shown, target = target, Path(target).resolve()
@@ -51,10 +60,11 @@ def check_folder(target: str | Path, *, overwrite: bool = False, sources: Sequen
             raise ValueError(f"The output folder {shown} is inside the input {source}. Choose a folder outside it.")
         if source.is_relative_to(target):
             raise ValueError(f"The output folder {shown} holds the input {source}. Choose a folder outside it.")
+    if target.exists() and not target.is_dir():
+        raise FileExistsError(f"{shown} is a file; the output has to be a folder.")
+    _require_writable(target if in_place else target.parent, shown)
     if not target.exists():
         return target
-    if not target.is_dir():
-        raise FileExistsError(f"{shown} is a file; the output has to be a folder.")
     if _is_empty(target):
         return target
     if (target / JOURNAL).is_file():
@@ -70,6 +80,68 @@ def check_folder(target: str | Path, *, overwrite: bool = False, sources: Sequen
     if not any((target / marker).is_file() for marker in _MARKERS):
         raise FileExistsError(f"{shown} isn't replaced: without a {_MARKERS[0]} it doesn't look like a model folder.")
     return target
+
+
+def _require_writable(folder: Path, shown: str | Path) -> None:
+    there = next(each for each in (folder, *folder.parents) if each.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{shown} can't be made: {there} is a file. Choose another output folder.")
+    # Of a file system that is mounted to be read only, this says so to the superuser too.
+    if not os.access(there, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise PermissionError(f"{shown} can't be written: you may not write to {there}. Choose another output folder.")
+
+
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder; the system lets go of it when this process ends, however it does.
+
+    The folder is made if it isn't there. At the end, the lock's file is removed, and so are folders that were made
+    for it, or left, with nothing in them; one that was empty before stays.
+
+    Raises:
+        BlockingIOError: another process holds the folder; nothing is touched.
+        OSError: the folder can't be made or written to.
+    """
+    was_empty = folder.is_dir() and _is_empty(folder)
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK, thread_local=False)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise BlockingIOError(
+            f"another process is at work in {folder}; wait for it, or stop it, or choose another output folder."
+        ) from error
+    try:
+        yield
+    finally:
+        # Before it is let go of: then nobody holds a file without a name. Windows removes only what nobody holds.
+        with contextlib.suppress(PermissionError):
+            (folder / LOCK).unlink(missing_ok=True)
+        lock.release()
+        with contextlib.suppress(OSError):
+            for each in made if made or was_empty else [folder]:
+                each.rmdir()
+
+
+def clear_debris(target: str | Path) -> None:
+    """Remove what an `atomic_folder` that was killed has left beside its target; for who keeps others away from it.
+
+    Killed between its last two steps, it has left no target, and the folder that was to be replaced under another
+    name: that one is put back.
+    """
+    target = Path(target).resolve()
+    if not target.parent.is_dir():
+        return
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.(partial|old)-[0-9a-f]{{8}}")
+    debris = {path: found[1] for path in target.parent.iterdir() if (found := pattern.fullmatch(path.name))}
+    for path, kind in debris.items():
+        if path.is_symlink() or not path.is_dir():
+            continue
+        if kind == "old" and not target.exists():
+            path.rename(target)
+        else:
+            shutil.rmtree(path)
 
 
 def check_model(folder: str | Path) -> None:
@@ -154,10 +226,12 @@ def durably(path: Path) -> Iterator[Path]:
     """Write a file so that, even after a power cut, it is there with all that was written, or as it was before.
 
     Yields:
-        The path to write to. At the end of the block its content is forced to the disk and it takes `path`'s place;
-        it is removed if the block raises.
+        The path to write to, where nothing is. At the end of the block its content is forced to the disk and it takes
+        `path`'s place; it is removed if the block raises.
     """
     partial = path.with_name(f".{path.name}.partial")
+    # A link that somebody has put there would be written through.
+    partial.unlink(missing_ok=True)
     try:
         yield partial
         sync_file(partial)
@@ -206,5 +280,5 @@ def _replace(target: Path, partial: Path, old: Path) -> None:
 
 
 def _is_empty(folder: Path) -> bool:
-    # Of a journal that a kill has kept from being written, its beginning may be there.
-    return {path.name for path in folder.iterdir()} <= {f".{JOURNAL}.partial"}
+    # Of a run that was killed before its journal was written, a lock and the journal's beginning may be there.
+    return {path.name for path in folder.iterdir()} <= {LOCK, f".{JOURNAL}.partial"}

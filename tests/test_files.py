@@ -1,10 +1,16 @@
 from __future__ import annotations
 
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from optimum_comp.files import atomic_folder, check_folder
+from optimum_comp.files import LOCK, atomic_folder, check_folder, clear_debris, durably, hold
 
 
 def model_folder(path: Path) -> Path:
@@ -104,3 +110,144 @@ def test_keeps_away_from_sources(tmp_path, target):
     with pytest.raises(ValueError, match="Choose"):
         check_folder(tmp_path / target, overwrite=True, sources=[tmp_path / "in"])
     assert check_folder(tmp_path / "in-2", sources=[tmp_path / "in"]) == (tmp_path / "in-2").resolve()
+
+
+@pytest.fixture
+def somebody() -> Iterator[Path]:
+    """A folder of its own, seen by a user who isn't the superuser."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)
+        try:
+            yield Path(folder)
+        finally:
+            os.seteuid(user)
+
+
+def test_refuses_what_cannot_be_written_before_any_work(somebody):
+    superuser = somebody.stat().st_uid
+    if superuser == os.geteuid():
+        somebody.chmod(0o555)
+    for target in (somebody / "out", somebody / "deep" / "out"):
+        with pytest.raises(PermissionError, match=r"out can't be written: you may not write to .*Choose another"):
+            check_folder(target)
+    # Files may go into a folder beside which none can be made.
+    with as_owner(somebody):
+        inside = model_folder(somebody / "inside")
+        inside.chmod(0o777)
+    check_folder(inside, overwrite=True, in_place=True)
+    with pytest.raises(PermissionError):
+        check_folder(inside, overwrite=True)
+
+
+@contextlib.contextmanager
+def as_owner(folder: Path) -> Iterator[None]:
+    """As who made a folder, who may write to it."""
+    user, mode = os.geteuid(), folder.stat().st_mode
+    os.seteuid(folder.stat().st_uid)
+    folder.chmod(0o755)
+    yield
+    folder.chmod(mode)
+    os.seteuid(user)
+
+
+def test_refuses_a_folder_below_a_file(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(NotADirectoryError, match=r"deep/out can't be made: .*file is a file"):
+        check_folder(tmp_path / "file" / "deep" / "out")
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from optimum_comp.files import hold
+with hold(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def holding(folder: Path) -> subprocess.Popen:
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_one_process_alone_holds_a_folder(tmp_path):
+    process = holding(tmp_path / "deep" / "out")
+    try:
+        said = r"another process is at work in .*out; wait for it, or stop it"
+        with pytest.raises(BlockingIOError, match=said), hold(tmp_path / "deep" / "out"):
+            pytest.fail("both hold it")
+        assert names(tmp_path / "deep" / "out") == [LOCK]
+    finally:
+        process.kill()
+        process.wait()
+    # What a kill leaves is in nobody's way.
+    check_folder(tmp_path / "deep" / "out")
+    with hold(tmp_path / "deep" / "out"):
+        pass
+    assert names(tmp_path / "deep" / "out") == []
+
+
+def test_a_held_folder_is_left_as_it_was(tmp_path):
+    for error in (None, RuntimeError):
+        with pytest.raises(error) if error else contextlib.nullcontext(), hold(tmp_path / "deep" / "out"):
+            if error:
+                raise error
+        assert names(tmp_path) == []
+    (tmp_path / "empty").mkdir()
+    with hold(tmp_path / "empty"):
+        assert names(tmp_path / "empty") == [LOCK]
+    with hold(model_folder(tmp_path / "model")):
+        pass
+    assert names(tmp_path / "empty") == [] and names(tmp_path / "model") == ["config.json"]
+    # Nothing is written through a link.
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "empty" / LOCK).symlink_to(tmp_path / "victim")
+    with pytest.raises(OSError), hold(tmp_path / "empty"):
+        pytest.fail("held by a link")
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from optimum_comp.files import atomic_folder
+renames, rename = [], Path.rename
+def killing(self, target):
+    if len(renames) == int(sys.argv[2]):
+        os.kill(os.getpid(), 9)
+    renames.append(target)
+    return rename(self, target)
+Path.rename = killing
+with atomic_folder(sys.argv[1], overwrite=True) as folder:
+    (folder / "config.json").write_text("new")
+"""
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_debris_of_a_kill_is_cleared(after, tmp_path):
+    target = model_folder(tmp_path / "out")
+    precious = [model_folder(tmp_path / name) for name in (".out.partial-notes", ".out-2.partial-0123abcd")]
+    (tmp_path / ".out.old-00000000").symlink_to(precious[0])
+    assert subprocess.run([sys.executable, "-c", KILLED, str(target), str(after)]).returncode == -9
+    assert target.exists() == (after == 0) and len(names(tmp_path)) == 5
+    clear_debris(target)
+    assert names(tmp_path) == sorted(["out", ".out.old-00000000", *(path.name for path in precious)])
+    assert (target / "config.json").read_text() == "{}" and all(map(names, precious))
+    # What was replaced goes when the new one is there.
+    model_folder(tmp_path / ".out.old-01234567")
+    clear_debris(target)
+    assert not (tmp_path / ".out.old-01234567").exists()
+    clear_debris(tmp_path / "nowhere" / "out")
+
+
+def test_nothing_is_written_through_a_link(tmp_path):
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / ".file.partial").symlink_to(tmp_path / "victim")
+    with durably(tmp_path / "file") as partial:
+        partial.write_text("new")
+    assert (tmp_path / "victim").read_text() == "precious" and (tmp_path / "file").read_text() == "new"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from abc import abstractmethod
 from argparse import SUPPRESS, ArgumentParser
@@ -53,7 +54,8 @@ class CompSubcommand(BaseOptimumCLICommand):
         try:
             self.execute()
         except KeyboardInterrupt as interrupt:
-            sys.exit(f"interrupted; {str(interrupt) or 'nothing was written.'}")
+            print(f"interrupted; {str(interrupt) or 'nothing was written.'}", file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)
         except (ValueError, OSError, RuntimeError, ImportError, FloatingPointError) as error:
             if self.args.debug:
                 raise
