@@ -350,7 +350,7 @@ def from_mapping(cls: Callable[..., T], given: Any, what: str, known: Iterable[s
     Args:
         cls: takes the settings by name.
         given: what the file holds there.
-        what: where that is, for errors.
+        what: where that is, for errors; empty for nowhere.
         known: names that may be there.
 
     Raises:
@@ -364,7 +364,7 @@ def from_mapping(cls: Callable[..., T], given: Any, what: str, known: Iterable[s
     try:
         return cls(**given)
     except ValueError as error:
-        raise ValueError(f"{what}: {error}") from error
+        raise ValueError(f"{what}: {error}" if what else str(error)) from error
 
 
 def require_known(given: Iterable[Any], known: Iterable[str], what: str) -> None:

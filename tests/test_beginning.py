@@ -16,10 +16,11 @@ from optimum_comp.beginning import Beginning, decide, losses_of_model, losses_of
 from optimum_comp.calibration.text import Calibration, choose_blocks, prepare_calibration
 from optimum_comp.checkpoint.opening import open_source
 from optimum_comp.checkpoint.source import ResidentModel
-from optimum_comp.compress import _samples, compress
+from optimum_comp.compress import compress
 from optimum_comp.evaluation import Settings, evaluate, perplexity
 from optimum_comp.families import family_of
 from optimum_comp.report.table import evaluation_table
+from optimum_comp.stages.quantize import QuantizeSettings, SampleSettings, _samples
 from optimum_comp.sweep.pruning import PruningRun
 
 
@@ -227,7 +228,7 @@ def test_self_calibration_keeps_or_drops_what_it_is_written_behind(begin):
 
     def blocks(tokenizer, begin):
         pruner = CompPruner.from_pretrained(model, tokenizer)
-        return pruner._samples(CompConfig(**SMALL, begin=begin), "self", None, None)
+        return pruner.sample(CompConfig(**SMALL, begin=begin), "self")
 
     plain, made = blocks(tiny_tokenizer(), begin), blocks(beginning_tokenizer(), begin)
     assert made.tokens.shape == plain.tokens.shape == (4, 32) and plain.describe()["begins_with"] == []
@@ -348,7 +349,11 @@ def test_windows_need_something_to_predict(text, tmp_path):
 
 def test_quantization_looks_at_the_same(helps, text, tmp_path):
     folder = folder_of(tmp_path / "model", helps)
-    found = {begin: _samples(folder, text, None, 4, 32, begin) for begin in ("auto", "always", "never")}
+    own = {"calibration": text, "num_samples": 4, "sequence_length": 32}
+    found = {
+        begin: _samples(folder, QuantizeSettings(), SampleSettings(**own, begin=begin))
+        for begin in ("auto", "always", "never")
+    }
     assert torch.equal(found["auto"], found["always" if helps else "never"])
     assert found["always"][:, 0].tolist() == [BEGIN] * 4 and not (found["never"] == BEGIN).any()
 
@@ -362,7 +367,7 @@ def test_all_stages_of_a_chain_begin_alike(helps, text, tmp_path):
     want = [BEGIN] if helps else []
     assert result.pruning["calibration"]["begins_with"] == want
     assert [stage.begins_with for stage in result.stages.values()] == [want] * 4
-    assert list(result.costs) == ["prune", "export", "quantize", "measure"]
+    assert list(result.costs) == ["measure", "prune", "export", "quantize"]
     assert all(cost.seconds > 0 for cost in result.costs.values())
     assert result.costs["quantize"].size_bytes == result.stages["pruned-int8"].size_bytes
     assert "- prune: " in result.text() and " of memory, makes " in result.text()

@@ -21,7 +21,7 @@ from optimum_comp.beginning import Beginning
 from optimum_comp.calibration.text import SELF, Calibration, CalibrationSource
 from optimum_comp.checkpoint.reader import resolve_folder, weight_files
 from optimum_comp.configuration import CompConfig
-from optimum_comp.evaluation import Evaluation, Settings, count_parameters, evaluate_apart
+from optimum_comp.evaluation import Evaluation, Settings, count_parameters, evaluate_apart, weight_bytes
 from optimum_comp.files import (
     COMPRESSION_SUMMARY,
     JOURNAL,
@@ -158,10 +158,13 @@ class Chain:
         self.output, self.max_memory, self.overwrite = Path(output), max_memory, overwrite
         self.loading = {**recipe.loading, **(loading or {})}
         self.stages = _resolved(recipe.stages, calibration)
-        self.measure = recipe.measure
         local = str(Path(self.model).resolve()) if Path(self.model).exists() else self.model
         found = {name: value for name, value in self.loading.items() if name in LOADING}
-        self.recipe = dataclasses.replace(recipe, stages=self.stages, model=local, loading=found)
+        text = recipe.measure.text
+        if text is not None and Path(text).is_file():
+            text = str(Path(text).resolve())
+        self.measure = dataclasses.replace(recipe.measure, text=text)
+        self.recipe = dataclasses.replace(recipe, stages=self.stages, measure=self.measure, model=local, loading=found)
         self._bundle = None if bundle is None else Path(bundle)
         self._samples: Calibration | None = None
         self._pruner: CompPruner | None = None
@@ -429,7 +432,8 @@ class Chain:
             record = stage.record(step.made.key, step.source.key, self)
             started = time.perf_counter()
             result = stage.run(step.source, step.folder, self, record)
-            cost = Cost(time.perf_counter() - started, result.get("peak_memory_bytes"), _bytes_of(step.folder))
+            size = sum(result["files"].values()) if stage.makes == BUNDLE else weight_bytes(step.folder)
+            cost = Cost(time.perf_counter() - started, result.get("peak_memory_bytes"), size)
             outcome.results[stage.name], outcome.costs[stage.name] = result, cost
             self._note(step.made, result=result, cost=dataclasses.asdict(cost))
         if isinstance(stage, Prune):
@@ -448,7 +452,7 @@ class Chain:
         loading = plain_arguments(self.loading) if artifact.name == DENSE else self._permissions
         wanted = {
             "model": artifact.key,
-            "settings": dataclasses.asdict(settings),
+            "settings": {**dataclasses.asdict(settings), "text": None},
             "text": None if settings.text is None else source_identity(settings.text),
         }
         key = digest(wanted)
@@ -581,7 +585,3 @@ def _difference(there: Any, record: Mapping[str, Any]) -> str:
         if json.loads(json.dumps(value)) != then.get(name):
             return f" ({name}={then.get(name)!r:.60}, not {value!r:.60})"
     return " (of another model)"
-
-
-def _bytes_of(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

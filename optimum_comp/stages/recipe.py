@@ -143,36 +143,43 @@ class Recipe:
         """The stage of that name, if there is one."""
         return next((stage for stage in self.stages if stage.name == name), None)
 
-    def changed(self, data: Mapping[str, Any], what: str = "the recipe") -> Recipe:
+    def changed(self, data: Mapping[str, Any]) -> Recipe:
         """The recipe with other settings.
 
         Args:
             data: like what `to_dict` makes; of stages, a mapping from name to the settings that change. A stage that
                 isn't there yet is added.
-            what: where the recipe is from, for errors.
 
         Raises:
-            ValueError: see `from_dict`.
+            ValueError: a setting isn't known or allowed; names it, and says what is.
         """
         now = self.given()
         stages = {name: settings for each in now["stages"] for name, settings in each.items()}
         for name, settings in data.get("stages", {}).items():
-            stages[name] = {**stages.get(name, {}), **settings}
+            made = from_mapping(
+                STAGES[name].from_settings, {**stages.get(name, {}), **settings}, "", STAGES[name].options()
+            )
+            stages[name] = _given(made)
         order = [name for name in STAGES if name in stages]
+        measure = from_mapping(Settings, {**now["measure"], **data.get("measure", {})}, "", options_of(Settings))
+        changed = Recipe(measure=measure, stages=())
         merged = {**now, **{key: value for key, value in data.items() if key in ("model", "description")}}
         merged["loading"] = {**now.get("loading", {}), **data.get("loading", {})}
-        merged["measure"] = {**now["measure"], **data.get("measure", {})}
+        merged["measure"] = changed.to_dict()["measure"]
         merged["stages"] = [{name: stages[name]} for name in order]
-        return Recipe.from_dict(merged, what)
+        return Recipe.from_dict(merged)
 
     def given(self) -> dict[str, Any]:
         """Like `to_dict`, without what is left to the chain to decide."""
-        data = self.to_dict()
-        for each in data["stages"]:
-            prune = self.stage("prune")
-            if "prune" in each and isinstance(prune, Prune) and prune.is_equalized is None:
-                del each["prune"]["equalize"]
-        return data
+        return {**self.to_dict(), "stages": [{stage.name: _given(stage)} for stage in self.stages]}
+
+
+def _given(stage: Stage) -> dict[str, Any]:
+    """A stage's settings, without what is left to the chain to decide."""
+    settings = stage.to_dict()
+    if isinstance(stage, Prune) and stage.is_equalized is None:
+        del settings["equalize"]
+    return settings
 
 
 def shipped() -> dict[str, Path]:
