@@ -74,7 +74,7 @@ class Compression:
 
     def text(self) -> str:
         """The table and what is to be said about it."""
-        lines = [evaluation_table(self.stages)]
+        lines = [evaluation_table(self.stages)] if self.stages else []
         if self.costs:
             lines.append("What each step took:")
             lines.append("\n".join(f"- {name}: {cost}" for name, cost in self.costs.items()))
@@ -83,8 +83,11 @@ class Compression:
             verdict = "within" if loss <= QUANTIZED_TOLERANCE else "NOT within"
             aim = f"{verdict} the {QUANTIZED_TOLERANCE:g} aimed at"
             lines.append(f"Quantization: {loss:.4f} times the float model's perplexity, {aim}.")
-        smaller = 1 - list(self.stages.values())[-1].size_bytes / next(iter(self.stages.values())).size_bytes
-        lines.append(f"{self.output}: {smaller:.1%} smaller than the dense model.")
+        if self.stages:
+            smaller = 1 - list(self.stages.values())[-1].size_bytes / next(iter(self.stages.values())).size_bytes
+            lines.append(f"{self.output}: {smaller:.1%} smaller than the dense model.")
+        else:
+            lines.append(f"{self.output}: complete; nothing was measured.")
         if self.bundle is not None:
             size = format_bytes(sum(self.bundle["files"].values()))
             told = [f"{self.bundle['output']}: bundle for {self.bundle['target']}, {size}.", *self.bundle["notes"]]

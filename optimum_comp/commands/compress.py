@@ -52,6 +52,7 @@ class CompressCommand(CompSubcommand):
         )
         bundle.add_argument("--ort-format", action="store_true", help="With the model in ORT format, too.")
         arguments.add_measuring_arguments(parser)
+        parser.add_argument("--no-measure", action="store_true", help="Measure nothing.")
         arguments.add_loading_arguments(parser)
         arguments.add_memory_argument(parser)
         parser.add_argument(
@@ -116,7 +117,7 @@ class CompressCommand(CompSubcommand):
             stages["bundle"] = {"ort_format": True} if args.ort_format else {}
         changes: dict[str, Any] = {
             "stages": {name: settings for name, settings in stages.items() if settings or name == "bundle"},
-            "measure": measuring_settings(args),
+            "measure": False if args.no_measure else measuring_settings(args),
             "loading": loading,
         }
         if args.model is not None:

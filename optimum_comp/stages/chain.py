@@ -159,11 +159,10 @@ class Chain:
         self.loading = {**recipe.loading, **(loading or {})}
         self.stages = _resolved(recipe.stages, calibration)
         local = str(Path(self.model).resolve()) if Path(self.model).exists() else self.model
-        found = {name: value for name, value in self.loading.items() if name in LOADING}
-        text = recipe.measure.text
-        if text is not None and Path(text).is_file():
-            text = str(Path(text).resolve())
-        self.measure = dataclasses.replace(recipe.measure, text=text)
+        found = plain_arguments({name: value for name, value in self.loading.items() if name in LOADING})
+        self.measure = recipe.measure
+        if self.measure is not None and self.measure.text is not None and Path(self.measure.text).is_file():
+            self.measure = dataclasses.replace(self.measure, text=str(Path(self.measure.text).resolve()))
         self.recipe = dataclasses.replace(recipe, stages=self.stages, measure=self.measure, model=local, loading=found)
         self._bundle = None if bundle is None else Path(bundle)
         self._samples: Calibration | None = None
@@ -260,12 +259,15 @@ class Chain:
         config = CompConfig(num_samples=self.num_samples, sequence_length=own.sequence_length, begin=own.begin)
         return config, own.calibration, own.text_column
 
+    @property
+    def has_samples(self) -> bool:
+        """Whether calibration samples are kept already."""
+        return recorded_key(self.output / _SAMPLES) == self.samples_key
+
     def samples(self) -> Calibration:
         """Calibration samples: those that are kept, else new ones, which are kept."""
-        if self._samples is None:
-            folder = self.output / _SAMPLES
-            if recorded_key(folder) == self.samples_key:
-                self._samples = _load_samples(folder)
+        if self._samples is None and self.has_samples:
+            self._samples = _load_samples(self.output / _SAMPLES)
         if self._samples is None:
             config, source, column = self._sampling()
             made = self.pruner.sample(config, source, text_column=column)
@@ -442,13 +444,15 @@ class Chain:
             gc.collect()
         self._done.append(step.made.name)
 
-    def _measure_all(self, settings: Settings) -> None:
+    def _measure_all(self, settings: Settings | None) -> None:
         for step in self._steps:
             if step.made.kind != BUNDLE and step.made.name not in self._outcome.models:
                 self._measured(step.made, settings)
 
-    def _measured(self, artifact: Artifact, settings: Settings) -> Settings:
+    def _measured(self, artifact: Artifact, settings: Settings | None) -> Settings | None:
         """Measure a model, if that hasn't been done; returns the settings for those that are compared with it."""
+        if settings is None:
+            return None
         loading = plain_arguments(self.loading) if artifact.name == DENSE else self._permissions
         wanted = {
             "model": artifact.key,

@@ -129,7 +129,8 @@ class Prune(Stage):
 
     def check(self, chain: Any) -> None:
         """See `Stage`."""
-        if isinstance(self.calibration, str) and self.calibration.startswith(IN_MEMORY):
+        is_lost = isinstance(self.calibration, str) and self.calibration.startswith(IN_MEMORY)
+        if is_lost and not chain.has_samples:
             raise ValueError(
                 "the recipe's calibration samples were given in memory, and no file holds them; give them again, or "
                 "--calibration FILE."

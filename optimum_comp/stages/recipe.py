@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -48,14 +49,14 @@ class Recipe:
 
     Attributes:
         stages: in order; each takes what the one before makes.
-        measure: what is measured of the models on the way.
+        measure: what is measured of the models on the way; `None` for nothing.
         model: folder or hub id of the dense model; `None` if it is to be given.
         loading: how it is found.
         description: what the recipe is for.
     """
 
     stages: tuple[Stage, ...]
-    measure: Settings = field(default_factory=Settings)
+    measure: Settings | None = field(default_factory=Settings)
     model: str | None = None
     loading: Mapping[str, Any] = field(default_factory=dict)
     description: str = ""
@@ -84,22 +85,20 @@ class Recipe:
             raise ValueError(f"{what}: description={description!r:.80} is not valid: description must be text.")
         loading = _loading(data.get("loading"), what)
         stages = tuple(_stages(data.get("stages"), what))
-        measure = from_mapping(Settings, data.get("measure"), f"{what}, measure", options_of(Settings))
+        measure = None
+        if data.get("measure") is not False:
+            measure = from_mapping(Settings, data.get("measure"), f"{what}, measure", options_of(Settings))
         return cls(stages, measure, model, loading, description)
 
     def to_dict(self) -> dict[str, Any]:
         """All settings, defaults included: so the file means the same with other defaults."""
-        measure = {name: getattr(self.measure, name) for name in options_of(Settings)}
-        usual = defaults_of(Settings)
         return {
             "recipe": FORMAT,
             **({"description": self.description} if self.description else {}),
             **({"model": self.model} if self.model is not None else {}),
             **({"loading": dict(self.loading)} if self.loading else {}),
             "stages": [{stage.name: stage.to_dict()} for stage in self.stages],
-            "measure": {
-                name: value for name, value in measure.items() if value is not None or usual[name] is not None
-            },
+            "measure": False if self.measure is None else _measuring(self.measure),
         }
 
     @classmethod
@@ -161,17 +160,31 @@ class Recipe:
             )
             stages[name] = _given(made)
         order = [name for name in STAGES if name in stages]
-        measure = from_mapping(Settings, {**now["measure"], **data.get("measure", {})}, "", options_of(Settings))
-        changed = Recipe(measure=measure, stages=())
-        merged = {**now, **{key: value for key, value in data.items() if key in ("model", "description")}}
-        merged["loading"] = {**now.get("loading", {}), **data.get("loading", {})}
-        merged["measure"] = changed.to_dict()["measure"]
-        merged["stages"] = [{name: stages[name]} for name in order]
-        return Recipe.from_dict(merged)
+        measure, asked = now["measure"], data.get("measure", {})
+        if asked is False:
+            measure = False
+        elif asked:
+            measured = from_mapping(Settings, {**(measure or {}), **asked}, "", options_of(Settings))
+            measure = _measuring(measured)
+        return Recipe.from_dict(
+            {
+                **now,
+                **{key: value for key, value in data.items() if key in ("model", "description")},
+                "loading": {**now.get("loading", {}), **data.get("loading", {})},
+                "stages": [{name: stages[name]} for name in order],
+                "measure": measure,
+            }
+        )
 
     def given(self) -> dict[str, Any]:
         """Like `to_dict`, without what is left to the chain to decide."""
         return {**self.to_dict(), "stages": [{stage.name: _given(stage)} for stage in self.stages]}
+
+
+def _measuring(settings: Settings) -> dict[str, Any]:
+    """Settings of measuring; what is left out is as by default."""
+    usual, found = defaults_of(Settings), dataclasses.asdict(settings)
+    return {name: found[name] for name in found if found[name] is not None or usual[name] is not None}
 
 
 def _given(stage: Stage) -> dict[str, Any]:

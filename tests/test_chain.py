@@ -1,0 +1,415 @@
+"""The chain loses nothing: whatever fails, what was finished is kept, and the same call goes on to the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import breaking
+import pytest
+import yaml
+from conftest import need_onnx, run, run_until, tiny_blocks, tiny_model, tiny_tokenizer
+
+
+need_onnx()
+
+from optimum_comp import CompConfig  # noqa: E402
+from optimum_comp.bundle import verify_bundle  # noqa: E402
+from optimum_comp.compress import compress  # noqa: E402
+from optimum_comp.compress import run as run_recipe  # noqa: E402
+from optimum_comp.evaluation import Settings  # noqa: E402
+from optimum_comp.onnx.search import Budget  # noqa: E402
+from optimum_comp.stages.recipe import Recipe  # noqa: E402
+
+
+TEXT = "The cat sat on the mat and looked at the moon.\n" * 60
+STAGES = {"prune": "pruned", "export": "pruned-onnx", "quantize": "pruned-int4"}
+ORDER = ("samples", "prune", "export", "quantize", "measure", "bundle")
+MEASURING = {"window": 32, "max_tokens": 96, "prompt_tokens": 0, "new_tokens": 2, "repeats": 1, "threads": 1}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A model, a text, and a recipe for them."""
+    folder = tmp_path_factory.mktemp("chain")
+    model = tiny_model("llama")
+    model.generation_config.max_new_tokens = 7
+    model.save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    (folder / "text.txt").write_text(TEXT)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _without_genai(monkeypatch):
+    """Bundles of the graph that is there: another one takes GenAI's builder, which isn't what is tested here."""
+    monkeypatch.setattr("optimum_comp.stages.bundle.find_environment", lambda python: None)
+    monkeypatch.setattr("optimum_comp.bundle.find_environment", lambda python: None)
+
+
+def recipe_of(made: Path, *, measure: dict | bool = False, quantize: dict | None = None, **prune) -> dict:
+    small = {"num_samples": 8, "sequence_length": 32, "round_to": 8, "calibration": str(made / "text.txt")}
+    return {
+        "model": str(made / "model"),
+        "stages": [
+            {"prune": {"sparsity": 0.3, **small, **prune}},
+            "export",
+            {"quantize": quantize or {"recipe": "int4"}},
+            "bundle",
+        ],
+        "measure": measure and {"text": str(made / "text.txt"), **MEASURING},
+    }
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    """All that a later step, or a user, reads; not what tells of times."""
+    names = ("*/model.safetensors", "*/*.onnx", "*/*.json", "*/tokens.safetensors")
+    found = {str(path.relative_to(folder)): path.read_bytes() for name in names for path in sorted(folder.glob(name))}
+    return {name: content for name, content in found.items() if not name.startswith("comp_notes")}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(made, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("optimum_comp.stages.bundle.find_environment", lambda python: None)
+        patch.setattr("optimum_comp.bundle.find_environment", lambda python: None)
+        run_recipe(Recipe.from_dict(recipe_of(made)), folder)
+    return folder
+
+
+def broken_run(data: dict, output: Path, step: str, kind: str) -> subprocess.CompletedProcess[str]:
+    job = json.dumps({"recipe": data, "output": str(output), "bundle": None, "step": step, "kind": kind})
+    environment = {**os.environ, "TQDM_DISABLE": "1", "COMP_GENAI_PYTHON": ""}
+    return subprocess.run(
+        [sys.executable, Path(__file__).with_name("breaking.py"), job],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+        timeout=900,
+    )
+
+
+def require_kept(output: Path, step: str, reference: Path) -> dict[Path, int]:
+    """Everything that was finished before a step is there, with the bytes that it has to have."""
+    times = {}
+    for stage in ORDER[: ORDER.index(step)]:
+        if stage not in STAGES and stage != "samples":
+            continue
+        name = STAGES.get(stage, "comp_samples")
+        for path in (reference / name).rglob("*"):
+            there = output / name / path.relative_to(reference / name)
+            assert there.read_bytes() == path.read_bytes(), there
+            times[there] = there.stat().st_mtime_ns
+    return times
+
+
+def require_complete(output: Path, reference: Path) -> None:
+    assert weights(output).keys() == weights(reference).keys()
+    for name, content in weights(reference).items():
+        assert (output / name).read_bytes() == content, name
+    litter = [
+        path for path in output.rglob("*") if re.search(r"\.(partial|old)-|\.partial$|comp_lock|comp_work", path.name)
+    ]
+    assert litter == []
+
+
+@pytest.mark.parametrize("step", ORDER)
+@pytest.mark.parametrize("kind", ["exception", "ctrl-c"])
+def test_a_failure_in_this_process_keeps_what_was_finished(step, kind, made, undisturbed, tmp_path, monkeypatch):
+    data = recipe_of(made, measure=step == "measure")
+    output = tmp_path / "out"
+    errors = {"exception": RuntimeError, "ctrl-c": KeyboardInterrupt}
+    with monkeypatch.context() as patch:
+        module, name, _ = breaking.PLACES[step]
+        holder, _, attribute = f"{module}.{name}".rpartition(".")
+        # Undone at the end of the block, whatever `break_at` puts in its place.
+        patch.setattr(f"{holder}.{attribute}", _found(holder, attribute))
+        breaking.break_at(step, kind)
+        with pytest.raises(errors[kind]) as failed:
+            run_recipe(Recipe.from_dict(data), output)
+    assert f"optimum-cli comp compress --resume {output}" in str(failed.value)
+    times = require_kept(output, step, undisturbed)
+    assert all(
+        name in str(failed.value) for name in (STAGES[each] for each in ORDER[1 : ORDER.index(step)] if each in STAGES)
+    )
+    run_recipe(Recipe.from_dict(data), output)
+    require_complete(output, undisturbed)
+    assert all(path.stat().st_mtime_ns == then for path, then in times.items()), "something was made twice"
+
+
+def _found(holder: str, attribute: str):
+    import importlib
+
+    module, _, owner = holder.rpartition(".")
+    try:
+        place = importlib.import_module(holder)
+    except ModuleNotFoundError:
+        place = getattr(importlib.import_module(module), owner)
+    return getattr(place, attribute)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", ORDER)
+@pytest.mark.parametrize("kind", ["kill", "disk", "memory"])
+def test_a_process_that_dies_keeps_what_was_finished(step, kind, made, undisturbed, tmp_path):
+    data = recipe_of(made, measure=step == "measure")
+    output = tmp_path / "out"
+    done = broken_run(data, output, step, kind)
+    assert done.returncode != 0, done.stderr
+    if kind == "kill":
+        assert done.returncode == -9
+    times = require_kept(output, step, undisturbed)
+    run_recipe(Recipe.from_dict(data), output)
+    require_complete(output, undisturbed)
+    assert all(path.stat().st_mtime_ns == then for path, then in times.items()), "something was made twice"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("step", "kind"), [("prune", "kill"), ("export", "memory"), ("bundle", "disk")])
+def test_the_real_model_loses_nothing(step, kind, real_model, real_undisturbed, tmp_path):
+    done = broken_run(real_recipe(real_model), tmp_path / "out", step, kind)
+    assert done.returncode != 0, done.stderr
+    times = require_kept(tmp_path / "out", step, real_undisturbed)
+    run_recipe(Recipe.from_dict(real_recipe(real_model)), tmp_path / "out")
+    require_complete(tmp_path / "out", real_undisturbed)
+    assert all(path.stat().st_mtime_ns == then for path, then in times.items())
+
+
+def real_recipe(model: Path) -> dict:
+    small = {"num_samples": 4, "sequence_length": 64, "calibration": "pydoc"}
+    stages = [{"prune": small}, "export", {"quantize": {"recipe": "int4"}}, "bundle"]
+    return {"model": str(model.resolve()), "stages": stages, "measure": False}
+
+
+@pytest.fixture(scope="module")
+def real_undisturbed(real_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("real") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("optimum_comp.stages.bundle.find_environment", lambda python: None)
+        patch.setattr("optimum_comp.bundle.find_environment", lambda python: None)
+        run_recipe(Recipe.from_dict(real_recipe(real_model)), folder)
+    return folder
+
+
+def test_other_bits_use_the_pruned_model_and_its_export_again(made, tmp_path, caplog):
+    output = tmp_path / "out"
+    first = run_recipe(Recipe.from_dict(recipe_of(made, quantize={"recipe": "int8"})), output)
+    before = {
+        path: path.stat().st_mtime_ns for name in ("pruned", "pruned-onnx") for path in (output / name).iterdir()
+    }
+    assert not any(cost.earlier for cost in first.costs.values())
+    with caplog.at_level("INFO", logger="transformers.optimum_comp"):
+        shutil.rmtree(output / "bundle")
+        second = run_recipe(Recipe.from_dict(recipe_of(made, quantize={"recipe": "int4"})), output)
+    assert "Taking up pruned, pruned-onnx; making pruned-int4, bundle." in caplog.text
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert [name for name, cost in second.costs.items() if cost.earlier] == ["prune", "export"]
+    assert (output / "pruned-int8").is_dir() and (output / "pruned-int4").is_dir()
+    # What is made for 8 bits isn't what would be made for 4: it is said.
+    assert any("taken up as it was made for 8 bits (equalized)" in note for note in second.notes)
+    assert second.pruning == first.pruning
+    again = run_recipe(Recipe.read(output / "comp_recipe.yaml"), output)
+    assert all(cost.earlier for cost in again.costs.values())
+
+
+def test_what_was_made_otherwise_is_replaced_only_when_asked(made, tmp_path):
+    output = tmp_path / "out"
+    run_recipe(Recipe.from_dict(recipe_of(made)), output)
+    before = weights(output)
+    other = Recipe.from_dict(recipe_of(made, seed=1))
+    with pytest.raises(FileExistsError, match=r"pruned was made otherwise \(seed=0, not 1\).*--overwrite"):
+        run_recipe(other, output)
+    assert weights(output) == before
+    run_recipe(other, output, overwrite=True)
+    assert weights(output)["pruned/model.safetensors"] != before["pruned/model.safetensors"]
+    # The same place, another text in it.
+    data = recipe_of(made, calibration=str(tmp_path / "other.txt"), seed=1)
+    (tmp_path / "other.txt").write_text(TEXT.replace("moon", "star"))
+    with pytest.raises(FileExistsError, match=r"made otherwise \(calibration="):
+        run_recipe(Recipe.from_dict(data), output)
+
+
+def test_another_model_in_the_same_place_is_another_model(made, tmp_path):
+    shutil.copytree(made / "model", tmp_path / "model")
+    data = {**recipe_of(made), "model": str(tmp_path / "model")}
+    run_recipe(Recipe.from_dict(data), tmp_path / "out")
+    model = tiny_model("llama", seed=1)
+    model.generation_config.max_new_tokens = 7
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(FileExistsError, match=r"pruned was made otherwise \(of another model\)"):
+        run_recipe(Recipe.from_dict(data), tmp_path / "out")
+
+
+def test_a_recipe_in_the_output_repeats_the_run(made, undisturbed, tmp_path):
+    recipe = Recipe.read(undisturbed / "comp_recipe.yaml")
+    run_recipe(recipe, tmp_path / "again")
+    require_complete(tmp_path / "again", undisturbed)
+    assert Recipe.read(tmp_path / "again" / "comp_recipe.yaml").to_dict() == recipe.to_dict()
+
+
+def test_samples_that_only_memory_holds_are_kept_for_the_resume(made, tmp_path, monkeypatch):
+    config = CompConfig(num_samples=8, sequence_length=32, round_to=8)
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("no")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="--resume"):
+        patch.setattr("optimum_comp.onnx.export.open_cache", broken)
+        compress(
+            made / "model",
+            tmp_path / "out",
+            config=config,
+            calibration=tiny_blocks(8, 32),
+            settings=Settings(text=None),
+        )
+    written = yaml.safe_load((tmp_path / "out" / "comp_recipe.yaml").read_text())
+    assert written["stages"][0]["prune"]["calibration"].startswith("given in memory: ")
+    recipe = Recipe.read(tmp_path / "out" / "comp_recipe.yaml")
+    run_recipe(recipe, tmp_path / "out")
+    assert (tmp_path / "out" / "pruned-int8" / "model.onnx").is_file()
+    with pytest.raises(ValueError, match="given in memory, and no file holds them"):
+        run_recipe(recipe, tmp_path / "elsewhere")
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_chain_without_pruning(made, tmp_path):
+    data = {
+        "model": str(made / "model"),
+        "stages": [
+            "export",
+            {
+                "quantize": {
+                    "recipe": "int4",
+                    "calibration": str(made / "text.txt"),
+                    "num_samples": 4,
+                    "sequence_length": 32,
+                }
+            },
+        ],
+        "measure": {"text": str(made / "text.txt"), **MEASURING},
+    }
+    result = run_recipe(Recipe.from_dict(data), tmp_path / "out")
+    assert list(result.stages) == ["dense", "dense-onnx", "dense-int4"]
+    assert result.stages["dense-onnx"].perplexity == pytest.approx(result.stages["dense"].perplexity, rel=1e-4)
+    assert result.pruning == {} and (tmp_path / "out" / "dense-int4" / "model.onnx").is_file()
+
+
+def test_the_dense_model_is_measured_first(made, tmp_path, monkeypatch):
+    data = recipe_of(made, measure=True)
+    measured = []
+
+    def broken(path, settings, **loading):
+        measured.append(path)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("optimum_comp.stages.chain.evaluate_apart", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run_recipe(Recipe.from_dict(data), tmp_path / "out")
+    assert measured == [str(made / "model")] and not (tmp_path / "out" / "pruned").exists()
+
+
+REFUSED = {
+    "a dtype that JSON can't hold": ({"loading": {"quantization_config": object()}}, "quantization_config="),
+    "too few samples to hold one out": ({"budget": Budget(0.02), "samples": 1}, "num_samples=1 leaves no sample"),
+    "a budget that 4 bits can't keep": ({"budget": Budget(size=1000)}, "max_size=1.0 kB can't be kept"),
+    "an unknown recipe": ({"recipe": "int3"}, "recipe='int3' is not valid"),
+    "an unknown target": ({"target": "riscv"}, "target='riscv' is not valid"),
+    "a sparsity that can't be": ({"sparsity": 0.95}, "sparsity=0.95"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_can_be_refused_is_refused_before_any_work(case, made, tmp_path, monkeypatch):
+    given, said = REFUSED[case]
+    given = dict(given)
+    loading = given.pop("loading", {})
+    config = CompConfig(
+        num_samples=given.pop("samples", 8), sequence_length=32, round_to=8, sparsity=given.pop("sparsity", 0.2)
+    )
+    monkeypatch.setattr("optimum_comp.stages.chain.evaluate_apart", lambda *a, **k: pytest.fail("worked"))
+    with pytest.raises(ValueError, match=re.escape(said)):
+        compress(made / "model", tmp_path / "out", config=config, calibration=made / "text.txt", **given, **loading)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dtype_of_torch_is_written_as_a_word(made, tmp_path):
+    import torch
+
+    config = CompConfig(num_samples=8, sequence_length=32, round_to=8)
+    settings = Settings(text=str(made / "text.txt"), **MEASURING)
+    result = compress(
+        made / "model",
+        tmp_path / "out",
+        config=config,
+        calibration=made / "text.txt",
+        settings=settings,
+        dtype=torch.float32,
+    )
+    assert result.stages["dense"].perplexity is not None
+    assert yaml.safe_load((tmp_path / "out" / "comp_recipe.yaml").read_text())["loading"] == {"dtype": "float32"}
+
+
+def test_a_token_reaches_no_command_line(made, monkeypatch):
+    from optimum_comp import evaluation
+
+    seen = []
+    run_process = subprocess.run
+
+    def watch(command, **kwargs):
+        seen.append(command)
+        return run_process(command, **kwargs)
+
+    monkeypatch.setattr(evaluation.subprocess, "run", watch)
+    evaluation.evaluate_apart(made / "model", Settings(text=None, prompt_tokens=0), token="hf_secret")
+    assert seen and not any("hf_secret" in str(word) for command in seen for word in command)
+
+
+def test_a_budget_that_turns_out_too_small_keeps_the_pruned_model(made, tmp_path):
+    config = CompConfig(num_samples=8, sequence_length=32, round_to=8)
+    with pytest.raises(ValueError, match="can't be kept") as failed:
+        compress(
+            made / "model",
+            tmp_path / "out",
+            config=config,
+            calibration=made / "text.txt",
+            budget=Budget(perplexity_increase=1e-9, size=70_000),
+            settings=Settings(text=None, prompt_tokens=0, threads=1),
+        )
+    assert "pruned, pruned-onnx are kept" in str(failed.value) and "allow more" in str(failed.value)
+    assert (tmp_path / "out" / "pruned" / "model.safetensors").is_file()
+
+
+def test_ctrl_c_on_the_command_line_says_how_to_go_on(made, tmp_path):
+    given = ("compress", "--model", made / "model", "--calibration", made / "text.txt", "--no-measure")
+    small = ("--num-samples", 8, "--sequence-length", 32, "--round-to", 8)
+    status, rest = run_until("export: making", *given, *small, tmp_path / "out")
+    assert status == 130 and f"--resume {tmp_path / 'out'}" in rest and "pruned is kept" in rest
+    done = run("compress", "--resume", "--bundle", tmp_path / "phone", tmp_path / "out")
+    assert "Taking up pruned; making pruned-onnx, pruned-int8, bundle." in done.stderr
+    verify_bundle(tmp_path / "phone")
+
+
+def test_two_at_once_are_one_too_many(made, tmp_path):
+    from optimum_comp.files import hold
+
+    output = tmp_path / "out"
+    run_recipe(Recipe.from_dict(recipe_of(made)), output)
+    before = weights(output)
+    with hold(output), pytest.raises(OSError, match="another process is at work"):
+        run_recipe(Recipe.from_dict(recipe_of(made)), output)
+    assert weights(output) == before
+
+
+def test_a_model_folder_is_no_output(made, tmp_path):
+    shutil.copytree(made / "model", tmp_path / "mine")
+    before = weights(tmp_path)
+    with pytest.raises(FileExistsError, match="holds a model, not a compression"):
+        run_recipe(Recipe.from_dict(recipe_of(made)), tmp_path / "mine", overwrite=True)
+    assert weights(tmp_path) == before
