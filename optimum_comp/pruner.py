@@ -6,16 +6,16 @@ import contextlib
 import dataclasses
 import json
 import shutil
-import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import nn
 
-from optimum_comp.beginning import Beginning, decide, losses_of_model, losses_of_source
+from optimum_comp.beginning import decide, losses_of_model, losses_of_source
 from optimum_comp.calibration.text import SELF, Calibration, CalibrationSource, prepare_calibration, source_name
 from optimum_comp.checkpoint.opening import find_device, open_source
 from optimum_comp.checkpoint.parts import join_parts
@@ -29,10 +29,13 @@ from optimum_comp.core.allocation import Allocation, allocate
 from optimum_comp.families import FFN, HEADS, KV, LAYERS, family_of, renumber
 from optimum_comp.families.check import check_family, check_plan, check_result, shape_of, units_after
 from optimum_comp.families.cutting import apply_to_config
-from optimum_comp.files import JOURNAL, atomic_folder, check_folder, check_model
+from optimum_comp.files import JOURNAL, atomic_folder, check_folder, check_model, hold
 from optimum_comp.options import parse_bytes
 from optimum_comp.report.run import CompReport, library_versions
-from optimum_comp.sweep.journal import Journal, is_complete
+from optimum_comp.scratch import make_scratch
+from optimum_comp.strict_json import parse_object
+from optimum_comp.sweep.entries import ARGUMENTS, PERMISSIONS
+from optimum_comp.sweep.journal import Journal, is_complete, leave_nothing
 from optimum_comp.sweep.memory import (
     MemoryPlan,
     Workload,
@@ -86,7 +89,7 @@ class CompPruner:
         self._counts = source.family.counts(source.model.config, source.layers[0])
         self._folder: Path | None = None
         self._loaded: Any = None
-        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._scratch: TemporaryDirectory[str] | None = None
 
     @classmethod
     def from_pretrained(
@@ -251,9 +254,39 @@ class CompPruner:
         limit = None if max_memory is None else parse_bytes(max_memory)
         products = find_matmul_dtype(matmul_dtype, self._source)
         folder = None if output is None else Path(output)
-        # The first process looks: another may be on a machine that doesn't see the folder.
-        looked = self._unfinished(folder, resume=resume, overwrite=overwrite) if self._ranks.is_first else None
-        unfinished = self._ranks.from_first(looked)
+        if resume and folder is None:
+            raise ValueError("resume needs the output folder of the run that is to be gone on with.")
+        with self._alone(folder, resume=resume, overwrite=overwrite):
+            return self._prune(
+                config,
+                calibration,
+                folder,
+                text_column,
+                batch_size,
+                limit,
+                matmul_dtype,
+                products,
+                max_shard_size,
+                overwrite=overwrite,
+                resume=resume,
+            )
+
+    def _prune(
+        self,
+        config: CompConfig | None,
+        calibration: CalibrationSource | None,
+        folder: Path | None,
+        text_column: str | None,
+        batch_size: int | None,
+        limit: int | None,
+        matmul_dtype: str,
+        products: torch.dtype,
+        max_shard_size: int | str,
+        *,
+        overwrite: bool,
+        resume: bool,
+    ) -> CompReport:
+        unfinished = self._unfinished(folder, resume=resume, overwrite=overwrite)
         if unfinished is not None:
             config = unfinished.config(config)
             self._record = self._record or unfinished.identity
@@ -261,7 +294,7 @@ class CompPruner:
                 # All layers are done, and the result has only to be put in its place.
                 if self._ranks.is_first:
                     unfinished.publish()
-                self._ranks.wait()
+                self._end(unfinished.output)
         if folder is not None and resume:
             complete = self._take_over(folder, config) if self._ranks.is_first and is_complete(folder) else None
             self.report = self._ranks.from_first(complete)
@@ -290,11 +323,13 @@ class CompPruner:
         before = parameter_count(self._source.model)
         after = before - allocation.parameters
         disk = disk_bytes(work, plan, after, resumable=folder is not None)
-        if unfinished is None:
-            check_disk(Path(tempfile.gettempdir()) if folder is None else folder, disk)
+        if folder is None or self._source.is_resident:
+            self._scratch = make_scratch(disk, announced=self._ranks.is_first) if disk else None
+        elif unfinished is None:
+            check_disk(folder, disk)
         self._interrupted = True
-        journal = self._begin(unfinished, folder, config, samples, plan, fingerprint, products)
-        place = self._workplace(folder, plan)
+        journal = self._begin(unfinished, folder, config, allocation, samples, plan, fingerprint, products)
+        place = self._workplace(folder)
         removable = (allocation.layers, config.protected(work.layers))
         with contextlib.nullcontext() if journal is None else journal.guard():
             runner = LayerRunner(self._source, samples.tokens[:1].to(self._source.device), products)
@@ -328,16 +363,42 @@ class CompPruner:
         self._interrupted = False
         return self.report
 
-    def _unfinished(self, folder: Path | None, *, resume: bool, overwrite: bool) -> Journal | None:
+    @contextlib.contextmanager
+    def _alone(self, folder: Path | None, *, resume: bool, overwrite: bool) -> Iterator[None]:
+        """Keep other processes out of the output folder while this one is at work in it."""
+        if folder is None or not self._ranks.is_first or (resume and is_complete(folder)):
+            yield
+            return
+        # What can't be used isn't touched.
+        self._look(folder, resume=resume, overwrite=overwrite)
+        with hold(folder):
+            if not self._source.is_resident:
+                yield
+                return
+        # A model in memory takes the folder's place when it is done.
+        yield
+
+    def _look(self, folder: Path, *, resume: bool, overwrite: bool) -> Journal | None:
         """The run to go on with, if there is one; and whether the output folder may be used, said now."""
-        if folder is None:
-            if resume:
-                raise ValueError("resume needs the output folder of the run that is to be gone on with.")
-            return None
         if resume and ((folder / JOURNAL).is_file() or is_complete(folder)):
             return Journal.find(folder)
-        check_folder(folder, overwrite=overwrite, sources=self._sources)
+        in_place = not self._source.is_resident
+        check_folder(folder, overwrite=overwrite, sources=self._sources, in_place=in_place)
         return None
+
+    def _unfinished(self, folder: Path | None, *, resume: bool, overwrite: bool) -> Journal | None:
+        """What the first process finds: another may be on a machine that doesn't see the folder."""
+        if folder is None:
+            return None
+        found = self._look(folder, resume=resume, overwrite=overwrite) if self._ranks.is_first else None
+        state = self._ranks.from_first(None if found is None else found.state)
+        return None if state is None else Journal(folder, state)
+
+    def _end(self, folder: Path | None) -> None:
+        """Wait until the result is in its place; then nothing is left on any process's disk."""
+        self._ranks.wait()
+        if folder is not None and not self._ranks.is_first:
+            leave_nothing(folder)
 
     def _take_over(self, folder: Path, config: CompConfig | None) -> CompReport:
         """The report of a finished model that is in the output folder already."""
@@ -395,10 +456,10 @@ class CompPruner:
                     f"the unfinished run is calibrated on {known!r}, not on {source_name(calibration)!r}; go on with "
                     "that, or start anew with --overwrite."
                 )
-            tokens = self._ranks.from_first(journal.tokens() if self._ranks.is_first else torch.empty(0))
-            return Calibration(tokens, known, Beginning.from_dict(journal.run["calibration"]))
         samples = None
-        if self._ranks.is_first and isinstance(calibration, Calibration):
+        if journal is not None and self._ranks.is_first:
+            samples = journal.calibration()
+        elif self._ranks.is_first and isinstance(calibration, Calibration):
             samples = calibration
         elif self._ranks.is_first:
             samples = self.sample(config, calibration, text_column=text_column)
@@ -416,6 +477,7 @@ class CompPruner:
         unfinished: Journal | None,
         folder: Path | None,
         config: CompConfig,
+        allocation: Allocation,
         samples: Calibration,
         plan: MemoryPlan,
         fingerprint: str,
@@ -424,12 +486,14 @@ class CompPruner:
         """Start or take up the record of the run, in the first process, if it is one that can be gone on with."""
         if self._source.is_resident or folder is None:
             return None
-        arguments = {key: value for key, value in self._name_arguments.items() if key != "token"}
+        given = self._name_arguments
+        arguments = {key: given[key] for key in ARGUMENTS if given.get(key) is not None}
         if isinstance(self._source, StreamedModel) and self._source.store_dtype is not None:
             arguments["dtype"] = _dtype_name(self._source.store_dtype)
         run = {
             "source": self._name if self._local is None else str(self._local.resolve()),
             "arguments": arguments,
+            "permissions": [name for name in PERMISSIONS if given.get(name)],
             "config": config.fields(),
             "weights": fingerprint,
             "calibration": samples.describe(),
@@ -444,7 +508,7 @@ class CompPruner:
         journal: Journal | None = None
         if self._ranks.is_first:
             if unfinished is not None:
-                unfinished.go_on(run)
+                unfinished.go_on(run, layers=len(self._source.layers), removed=allocation.layers)
                 journal = unfinished
             else:
                 journal = Journal.start(folder)
@@ -452,15 +516,14 @@ class CompPruner:
         self._ranks.wait()
         return journal
 
-    def _workplace(self, folder: Path | None, plan: MemoryPlan) -> Path | None:
+    def _workplace(self, folder: Path | None) -> Path | None:
         """A folder for parts, hidden states and spilled activations, if the run needs one."""
-        place: Path | None = None
+        place = None if self._scratch is None else Path(self._scratch.name)
         if not self._source.is_resident and folder is not None:
-            place = Journal(folder, {}).work
+            journal = Journal(folder, {})
+            journal.require_plain()
+            place = journal.work
             place.mkdir(parents=True, exist_ok=True)
-        elif not self._source.is_resident or plan.spill_inputs:
-            self._scratch = tempfile.TemporaryDirectory(prefix="optimum-comp-")
-            place = Path(self._scratch.name)
         if isinstance(self._source, StreamedModel):
             self._source.parts = place
         return place
@@ -558,13 +621,8 @@ class CompPruner:
                 else:
                     for part in parts:
                         part.unlink()
-            self._ranks.wait()
             self._folder = made if folder is None else folder
-            if folder is not None and not self._ranks.is_first:
-                # On a disk of its own, this process leaves nothing.
-                with contextlib.suppress(OSError):
-                    place.rmdir()
-                    folder.rmdir()
+            self._end(folder)
         elif folder is not None:
             self._save(folder, max_shard_size, overwrite=overwrite)
 
@@ -645,9 +703,15 @@ class CompPruner:
             kwargs: `token`, `private`, `commit_message`, `revision`, `max_shard_size`.
         """
         self._finished()
-        with tempfile.TemporaryDirectory() as folder:
+        with make_scratch(self._saved_bytes()) as folder:
             shard = {"max_shard_size": kwargs.pop("max_shard_size")} if "max_shard_size" in kwargs else {}
             return upload(self.save_pretrained(Path(folder) / repo_id.split("/")[-1], **shard), repo_id, **kwargs)
+
+    def _saved_bytes(self) -> int:
+        """Size of the pruned model's weights on the disk."""
+        if self._folder is not None:
+            return sum(path.stat().st_size for path in weight_files(self._folder))
+        return sum(weight.numel() * weight.element_size() for weight in self._source.model.parameters())
 
     def _finished(self) -> tuple[CompReport, CompConfig]:
         if self.report is None or self.config is None:
@@ -670,12 +734,11 @@ def _as_json(record: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if record is None:
         return None
     try:
-        found: dict[str, Any] = json.loads(json.dumps(dict(record), allow_nan=False))
-    except (TypeError, ValueError) as error:
+        return parse_object(json.dumps(dict(record)).encode())
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"record={record!r} is not valid: it must be a dictionary that JSON can hold ({error})."
         ) from error
-    return found
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -99,6 +99,52 @@ def test_what_two_began_two_go_on_with(given, tmp_path):
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
 
 
+APART = """
+import os, sys
+from optimum_comp.sweep.pruning import PruningRun
+# Each process on a disk of its own.
+sys.argv = ["optimum-cli", *sys.argv[2:-1], f"{sys.argv[-1]}-{os.environ['RANK']}"]
+dies = int(os.environ.get("DIES_AFTER", 99))
+original, calls = PruningRun._record, []
+def record(self, *args):
+    if len(calls) == dies:
+        os.kill(os.getpid(), 9)
+    calls.append(1)
+    return original(self, *args)
+PruningRun._record = record
+from optimum.commands.optimum_cli import main
+main()
+"""
+
+
+def apart(tmp_path: Path, *arguments: object, dies_after: int = 99) -> subprocess.CompletedProcess[str]:
+    (tmp_path / "apart.py").write_text(APART)
+    command = [BIN / "torchrun", "--nproc-per-node", 2, tmp_path / "apart.py", "-", "comp", "prune", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DIES_AFTER": str(dies_after)}
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
+
+
+def test_processes_without_a_common_disk_go_on_and_leave_nothing(given, tmp_path):
+    launched("torchrun", *given, tmp_path / "undisturbed")
+    assert apart(tmp_path, *given, tmp_path / "out", dies_after=2).returncode != 0
+    assert (tmp_path / "out-0" / "comp_journal.json").is_file()
+    assert {path.name for path in (tmp_path / "out-1" / "comp_work").glob("*-00002.bin")}
+    # Model, config, text and all else are the first process's to know.
+    done = apart(tmp_path, "--resume", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("decoder layers removed") == 1
+    for path in (tmp_path / "undisturbed").iterdir():
+        assert (tmp_path / "out-0" / path.name).read_bytes() == path.read_bytes()
+    assert {path.name for path in (tmp_path / "out-0").iterdir()} == {
+        path.name for path in (tmp_path / "undisturbed").iterdir()
+    }
+    assert not (tmp_path / "out-1").exists()
+    # Complete, it is left as it is.
+    done = apart(tmp_path, "--resume", tmp_path / "out")
+    assert done.returncode == 0 and done.stdout.count("decoder layers removed") == 1, done.stderr
+    assert not (tmp_path / "out-1").exists()
+
+
 def test_a_bad_value_ends_all_processes(given, tmp_path):
     done = launched("torchrun", *given, "--num-samples", 1, tmp_path / "out", check=False)
     assert done.returncode != 0 and "1 calibration samples can't be shared by 2 processes" in done.stderr

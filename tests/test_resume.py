@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import gc
 import hashlib
 import json
+import logging
 import random
 import re
 import resource
@@ -15,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from conftest import CLI, run, run_until, tiny_blocks, tiny_model, tiny_tokenizer
@@ -25,6 +28,7 @@ from optimum_comp.checkpoint.source import _multiplies_bfloat16
 from optimum_comp.evaluation import Settings, evaluate, load_model
 from optimum_comp.sweep.journal import Journal
 from optimum_comp.sweep.pruning import PruningRun
+from optimum_comp.utils import ROOT_LOGGER
 
 
 FIELDS = {"sparsity": 0.35, "num_samples": 8, "sequence_length": 32, "round_to": 8, "layer_fraction": 0.8}
@@ -385,3 +389,254 @@ def test_a_record_of_a_model_in_memory_and_of_one_that_is_saved_later(tiny_folde
         pruner.prune(CONFIG, tiny_blocks(8, 32), record={"stage": 1})
         pruner.save_pretrained(tmp_path / "out", overwrite=True)
         assert json.loads((tmp_path / "out" / "comp_stage.json").read_text()) == {"stage": 1}
+
+
+def changed(journal: dict, changes: dict) -> str:
+    """The journal with entries changed, `None` taking one out; `run.x` is one of the run's."""
+    journal = json.loads(json.dumps(journal))
+    for name, value in changes.items():
+        place = journal
+        *above, last = name.split(".")
+        for each in above:
+            place = place[each]
+        place.pop(last, None)
+        if value is not None:
+            place[last] = value
+    return json.dumps(journal)
+
+
+DAMAGES = {
+    "another stage": {"stage": "publishing"},
+    "no count": {"finished": None},
+    "a count in words": {"finished": "two"},
+    "a count that is true": {"finished": True},
+    "a negative count": {"finished": -1},
+    "more layers than there are": {"finished": 4},
+    "a huge count": {"finished": 10**18},
+    "a number without end": {"finished": 10**400},
+    "no run": {"run": {}},
+    "an unknown entry": {"surprise": 1},
+    "a layer that is none": {"removed": [99], "layer_scores": [0.5] * 4},
+    "a score that is none": {"layer_scores": [float("nan")]},
+    "a permission": {"run.arguments": {"trust_remote_code": True}},
+    "a pickle": {"run.arguments": {"use_safetensors": False}},
+    "a token": {"run.arguments": {"token": "hf_x"}},
+    "a cache": {"run.arguments": {"cache_dir": "/tmp"}},
+    "an unknown permission": {"run.permissions": ["sudo"]},
+    "no source": {"run.source": None},
+    "a source that is no text": {"run.source": 7},
+    "half a config": {"run.config": {"sparsity": 0.2}},
+    "no batches": {"run.batch_size": 0},
+    "a dtype that is a function": {"run.matmul_dtype": "save"},
+    "text that is none": {"run.calibration": []},
+    "a record that is none": {"run.record": [1]},
+    "files without the stage": {"stage": "finishing"},
+    "a file outside": {"stage": "finishing", "files": ["config.json"], "stale": ["../victim"]},
+    "a result outside": {"stage": "finishing", "files": ["../victim/notes.txt"], "stale": []},
+    "a file outside, by a backslash": {"stage": "finishing", "files": ["config.json"], "stale": ["..\\victim"]},
+    "an absolute path": {"stage": "finishing", "files": ["config.json"], "stale": ["/tmp/victim"]},
+    "a drive": {"stage": "finishing", "files": ["config.json"], "stale": ["C:victim"]},
+    "the folder": {"stage": "finishing", "files": ["config.json"], "stale": ["."]},
+    "the folder above": {"stage": "finishing", "files": [".."], "stale": []},
+    "the work": {"stage": "finishing", "files": ["config.json"], "stale": ["comp_work"]},
+    "the work in capitals": {"stage": "finishing", "files": ["config.json"], "stale": ["Comp_Work."]},
+    "the journal": {"stage": "finishing", "files": ["comp_journal.json"], "stale": []},
+    "a name that is none": {"stage": "finishing", "files": [""], "stale": []},
+    "a name with an end": {"stage": "finishing", "files": ["config.json\0"], "stale": []},
+    "a name that no disk takes": {"stage": "finishing", "files": ["x" * 300], "stale": []},
+    "half a character": {"stage": "finishing", "files": ["\ud800"], "stale": []},
+    "a number for a name": {"stage": "finishing", "files": [7], "stale": []},
+    "nothing finished": {"stage": "finishing", "files": [], "stale": ["comp_config.json"]},
+    "a result that is missing": {"stage": "finishing", "files": ["config.json"], "stale": ["old.txt"]},
+}
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory) -> Path:
+    """A folder with a model, `dense`, and a run on it that was interrupted after two layers, `out`."""
+    folder = tmp_path_factory.mktemp("stopped")
+    tiny_model("llama").save_pretrained(folder / "dense")
+    with pytest.MonkeyPatch.context() as patch:
+        interrupted(folder / "dense", folder / "out", patch)
+    return folder
+
+
+@pytest.fixture
+def attacked(stopped, tmp_path) -> Path:
+    """The same beside something precious, with an old file in the output folder."""
+    folder = tmp_path / "attacked"
+    shutil.copytree(stopped, folder)
+    (folder / "victim").mkdir()
+    (folder / "victim" / "notes.txt").write_text("precious")
+    (folder / "out" / "old.txt").write_text("old")
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refused(folder: Path, said: str) -> None:
+    """Going on is refused in one line, by us and on the command line, and nothing is changed."""
+    before = contents(folder)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=said) as error:
+            prune(folder / "dense", folder / "out", resume=True)
+        assert "\n" not in str(error.value) and "--overwrite" in str(error.value)
+        assert contents(folder) == before
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_journal_that_no_run_has_written_is_refused(damage, attacked):
+    path = attacked / "out" / "comp_journal.json"
+    path.write_text(changed(json.loads(path.read_text()), DAMAGES[damage]))
+    refused(attacked, r"unfinished run in .*out is damaged: .*(comp_journal|config\.json)")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(b"", b"{", b"[]", b"null", b"\xff\xfe{}", b'{"format": 3', b'{"format": NaN}'),
+        *(b"[" * 100_000, b'{"a":' * 100_000, b'{"format": 3, "run": ' + b'{"a":' * 40 + b"1" + b"}" * 41),
+    ],
+)
+def test_a_journal_that_is_not_even_json_is_refused(data, attacked):
+    (attacked / "out" / "comp_journal.json").write_bytes(data)
+    refused(attacked, r"unfinished run in .*out is damaged: comp_journal\.json: ")
+
+
+@pytest.mark.parametrize(
+    "name", ["tokens.safetensors", "layer-00001.json", "layer-00001.safetensors", "own-0-00002.bin"]
+)
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "garbage"])
+def test_what_finished_layers_have_left_is_refused_when_damaged(name, damage, attacked):
+    path = attacked / "out" / "comp_work" / name
+    data = path.read_bytes()
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes({"empty": b"", "cut": data[:-1], "garbage": data[:20] + b"\xff" + data[21:]}[damage])
+    refused(attacked, rf"unfinished run in .*out is damaged: {re.escape(name)} ")
+
+
+@pytest.mark.parametrize("place", ["comp_work", "comp_work/final", "comp_work/own-0-00002.bin", "comp_journal.json"])
+def test_links_out_of_the_folder_are_not_followed(place, attacked):
+    path, elsewhere = attacked / "out" / place, attacked / "elsewhere"
+    if path.exists():
+        path.rename(elsewhere)
+    else:
+        elsewhere.mkdir()
+        (elsewhere / "notes.txt").write_text("precious")
+    path.symlink_to(elsewhere)
+    refused(attacked, rf"unfinished run in .*out is damaged: {place} is a link")
+    precious = contents(attacked / "elsewhere")
+    prune(attacked / "dense", attacked / "out", overwrite=True)
+    assert contents(attacked / "elsewhere") == precious and not (attacked / "out" / "comp_work").exists()
+
+
+def test_permissions_are_given_again(stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path / "copy")
+    output = tmp_path / "copy" / "out"
+    path = output / "comp_journal.json"
+    path.write_text(changed(json.loads(path.read_text()), {"run.permissions": ["trust_remote_code"]}))
+    assert Journal.read(output).hint().endswith(f"prune --resume --trust-remote-code {output}")
+    done = run("prune", "--resume", output, check=False)
+    assert done.returncode == 1
+    assert re.search("begun with --trust-remote-code, which has to be given again: .* trust .*dense'", done.stderr)
+    run("prune", "--resume", "--trust-remote-code", output)
+    assert (output / "model.safetensors").is_file()
+
+
+def test_permissions_are_not_written(tmp_path, tiny_folder, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(PruningRun, "_commit", lambda *_: (_ for _ in ()).throw(Stop()))
+        with pytest.raises(Stop):
+            CompPruner.from_pretrained(
+                tiny_folder, trust_remote_code=True, use_safetensors=False, token="hf_secret", revision="main"
+            ).prune(CONFIG, tiny_blocks(8, 32), output=tmp_path / "out")
+    kept = Journal.read(tmp_path / "out").run
+    assert kept["arguments"] == {"revision": "main"} and kept["permissions"] == ["trust_remote_code"]
+    assert "hf_secret" not in (tmp_path / "out" / "comp_journal.json").read_text()
+
+
+WAITING = """
+import sys, time
+from optimum_comp import CompConfig, CompPruner
+from optimum_comp.sweep.pruning import PruningRun
+import torch
+model, output, tokens = sys.argv[1:]
+def wait(*_):
+    print("waiting", flush=True)
+    time.sleep(600)
+PruningRun._decide = wait
+blocks = torch.load(tokens)
+config = CompConfig(num_samples=8, sequence_length=32, round_to=8)
+CompPruner.from_pretrained(model).prune(config, blocks, output=output, resume=True)
+"""
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_two_processes_do_not_share_a_folder(begun, attacked):
+    output = attacked / "out" if begun else attacked / "new"
+    torch.save(tiny_blocks(8, 32), attacked / "tokens.pt")
+    arguments = [attacked / "dense", output, attacked / "tokens.pt"]
+    script = WAITING.replace("config, blocks", "None, None") if begun else WAITING
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "waiting\n"
+        before = contents(output)
+        for option in ("--resume", "--overwrite"):
+            given = [] if option == "--resume" else ["--model", attacked / "dense"]
+            done = run("prune", option, *given, output, check=False)
+            assert done.returncode == 1 and "Traceback" not in done.stderr
+            assert f"error: another process is at work in {output}; wait for it, or stop it" in done.stderr
+        assert contents(output) == before
+    finally:
+        process.kill()
+        process.wait()
+    run("prune", "--resume", output)
+    assert not [path.name for path in output.iterdir() if path.name.startswith(".")]
+
+
+def test_pruned_layers_wait_where_there_is_room(tiny_folder, tmp_path, monkeypatch, caplog):
+    usage = shutil.disk_usage
+
+    def pruned() -> str:
+        caplog.clear()
+        pruner = CompPruner.from_pretrained(tiny_folder)
+        pruner.prune(CONFIG, tiny_blocks(8, 32))
+        where = Path(re.search(r"Pruned layers wait in (\S+) \(.* needed, .* free\)", caplog.text)[1])
+        assert where.is_dir()
+        del pruner
+        gc.collect()
+        assert not where.exists()
+        return str(where.parent)
+
+    caplog.set_level("INFO", ROOT_LOGGER)
+    monkeypatch.setattr(logging.getLogger(ROOT_LOGGER.split(".")[0]), "propagate", True)
+    for name in ("TMPDIR", "TEMP", "TMP"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "usual").mkdir()
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "usual"))
+    assert pruned() == str(tmp_path / "usual")
+
+    # A file system in memory, unless the user wants it.
+    partitions = psutil.disk_partitions(all=True)
+    there = partitions[0]._replace(mountpoint=str(tmp_path / "usual"), fstype="tmpfs")
+    monkeypatch.setattr("psutil.disk_partitions", lambda all: [*partitions, there])
+    assert pruned() == str(tmp_path / "work")
+    with monkeypatch.context() as patch:
+        patch.setenv("TMPDIR", str(tmp_path / "usual"))
+        assert pruned() == str(tmp_path / "usual")
+
+    # Too small a one, and none at all.
+    monkeypatch.setattr("psutil.disk_partitions", lambda all: [])
+    small = usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: small if Path(path).name == "usual" else usage(path))
+    assert pruned() == str(tmp_path / "work")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: small)
+    with pytest.raises(OSError, match=r"usual has 1\.0 kB free; .*work has 1\.0 kB free\. Give output="):
+        CompPruner.from_pretrained(tiny_folder).prune(CONFIG, tiny_blocks(8, 32))
+    assert not list((tmp_path / "usual").iterdir()) and not list((tmp_path / "work").iterdir())

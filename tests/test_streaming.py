@@ -305,8 +305,13 @@ def test_activation_stores(file, tmp_path):
     other = ActivationStore(5, 700, 33, torch.bfloat16)
     other.load(tmp_path / "saved.bin")
     assert torch.equal(other.read(slice(0, 5), cpu, torch.bfloat16), values)
-    with pytest.raises(OSError, match="are wanted"):
+    with pytest.raises(ValueError, match="are wanted"):
         ActivationStore(4, 700, 33, torch.bfloat16).load(tmp_path / "saved.bin")
+    saved = bytearray((tmp_path / "saved.bin").read_bytes())
+    saved[1000] ^= 1
+    (tmp_path / "saved.bin").write_bytes(saved)
+    with pytest.raises(ValueError, match="checksum"):
+        other.load(tmp_path / "saved.bin")
     store.close()
     assert {each.name for each in tmp_path.iterdir()} == {"saved.bin"}
 

@@ -42,27 +42,28 @@ class PruneCommand(CompSubcommand):
         from optimum_comp.pruner import CompPruner
         from optimum_comp.report.run import CompReport
         from optimum_comp.stages.prune import Prune
-        from optimum_comp.sweep.journal import Journal, is_complete
+        from optimum_comp.sweep.journal import find_run
         from optimum_comp.sweep.ranks import is_first_process
 
         args = self.args
-        unfinished = Journal.find(args.output) if args.resume else None
-        model, loading = args.model, loading_arguments(args)
+        unfinished, is_complete = find_run(args.output) if args.resume else (None, False)
+        stage = Prune.from_settings(**pruning_settings(args))
+        model, device, loading = args.model, stage.running.device, loading_arguments(args)
+        config = None if unfinished is not None and not is_configured(args) else stage.config
         if unfinished is not None:
-            model = model or unfinished.run["source"]
+            # What isn't given is as it was when the run began.
+            unfinished.require_permissions(loading)
+            model, device = model or unfinished.run["source"], device or unfinished.run["device"]
             loading = {**unfinished.run["arguments"], **loading}
-        if model is None and args.resume and is_complete(args.output):
-            print(CompReport.load(args.output).headline(args.output))
+        elif model is None and is_complete:
+            if is_first_process():
+                print(CompReport.load(args.output).headline(args.output))
             return
         if model is None:
             raise ValueError(f"--model is missing, and {args.output} holds no unfinished run to take it from.")
-        # What isn't given is as it was when the run began.
-        stage = Prune.from_settings(**pruning_settings(args))
-        config = None if unfinished is not None and not is_configured(args) else stage.config
         if not args.resume and is_first_process():
             # `prune` looks too, but only after a model may have been downloaded.
-            check_folder(args.output, overwrite=args.overwrite, sources=[model])
-        device = stage.running.device or (unfinished.run["device"] if unfinished is not None else None)
+            check_folder(args.output, overwrite=args.overwrite, sources=[model], in_place=True)
         pruner = CompPruner.from_pretrained(model, device=device, **loading)
         try:
             report = pruner.prune(
@@ -85,7 +86,7 @@ class PruneCommand(CompSubcommand):
 
 
 def _what_remains(output: Path) -> Any:
-    from optimum_comp.files import JOURNAL
     from optimum_comp.sweep.journal import Journal
 
-    return Journal.read(output).hint() if (output / JOURNAL).is_file() else ""
+    journal = Journal.find(output)
+    return "" if journal is None else journal.hint()

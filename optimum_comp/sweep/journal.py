@@ -4,26 +4,46 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from optimum_comp.beginning import Beginning
+from optimum_comp.calibration.text import Calibration
 from optimum_comp.checkpoint.parts import write_part
+from optimum_comp.checkpoint.source import part_name
 from optimum_comp.configuration import CompConfig
 from optimum_comp.files import JOURNAL, durably, sync_file, sync_folder
-from optimum_comp.report.run import REPORT_NAME
+from optimum_comp.report.run import REPORT_NAME, LayerReport
+from optimum_comp.strict_json import read_object
+from optimum_comp.sweep.entries import (
+    FINISHING,
+    LAYERS,
+    PERMISSIONS,
+    WORK,
+    is_plain_name,
+    require_report,
+    require_state,
+)
+from optimum_comp.sweep.ranks import first_says, is_first_process
 
-
-WORK = "comp_work"
-"""Subfolder with the pruned layers, the hidden states and the calibration tokens of an unfinished run."""
 
 _FORMAT = 3
 _TOKENS = "tokens.safetensors"
-_LAYERS, _FINISHING = "layers", "finishing"
+
+
+class DamagedRun(ValueError):  # noqa: N818, not an error's name
+    """What an unfinished run has left can't be gone on with; nothing of it is removed."""
+
+    def __init__(self, output: Path, reason: str):
+        super().__init__(f"the unfinished run in {output} is damaged: {reason}; start anew with --overwrite.")
 
 
 class Journal:
@@ -49,26 +69,30 @@ class Journal:
         output.mkdir(parents=True, exist_ok=True)
         journal = cls(output, {})
         # The journal first: a folder with anything of ours in it has one.
-        journal.record(format=_FORMAT, stage=_LAYERS, finished=0, run={})
-        shutil.rmtree(journal.work, ignore_errors=True)
+        journal.record(format=_FORMAT, stage=LAYERS, finished=0, run={})
+        _remove(journal.work)
         journal.work.mkdir()
         return journal
 
     @classmethod
     def read(cls, output: Path) -> Journal:
-        """The journal of an unfinished run.
+        """The journal of an unfinished run, which somebody else may have written.
 
         Raises:
-            ValueError: it is of another version of this package, or damaged.
+            ValueError: it is of another version of this package, or damaged; or links lead out of the folder.
         """
         try:
-            state = json.loads((output / JOURNAL).read_text(encoding="utf-8"))
-            known = state["format"] == _FORMAT
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{JOURNAL} in {output} is damaged ({error}); start anew with --overwrite.") from error
+            state = read_object(output / JOURNAL)
+            known = state.get("format") == _FORMAT
+            if known:
+                require_state(state)
+        except ValueError as error:
+            raise DamagedRun(output, f"{JOURNAL}: {error}") from error
         if not known:
             raise ValueError(f"{output} was begun by another version of optimum-comp; start anew with --overwrite.")
-        return cls(output, state)
+        journal = cls(output, state)
+        journal.require_plain()
+        return journal
 
     @classmethod
     def find(cls, output: Path) -> Journal | None:
@@ -97,9 +121,56 @@ class Journal:
         found: dict[str, Any] | None = self.run["record"]
         return found
 
-    def tokens(self) -> Tensor:
-        """The calibration samples that `begin` recorded, `[samples, length]`."""
-        return load_file(self.work / _TOKENS)["tokens"]
+    def calibration(self) -> Calibration:
+        """The calibration samples that `begin` recorded.
+
+        Raises:
+            ValueError: they aren't there as they were.
+        """
+        known = self.run["calibration"]
+        try:
+            tokens = load_file(self.work / _TOKENS)["tokens"]
+        except (SafetensorError, OSError, KeyError) as error:
+            raise self._damaged(_TOKENS, error) from error
+        found = Calibration(tokens, known["source"], Beginning.from_dict(known))
+        if tokens.dim() != 2 or tokens.dtype != torch.int64 or found.describe() != known:
+            raise DamagedRun(self.output, f"{_TOKENS} doesn't hold what it should")
+        return found
+
+    def report_file(self, place: int) -> Path:
+        """Where the report on the pruned model's layer number `place` is."""
+        return self.work / f"layer-{place:05d}.json"
+
+    def reports(self) -> list[LayerReport]:
+        """The reports on finished layers.
+
+        Raises:
+            ValueError: one isn't there as it was.
+        """
+        return [self._report(place) for place in range(self.finished)]
+
+    def _report(self, place: int) -> LayerReport:
+        path = self.report_file(place)
+        try:
+            report = read_object(path)
+            require_report(report)
+        except (ValueError, OSError) as error:
+            raise self._damaged(path.name, error) from error
+        return LayerReport.of(report)
+
+    def _damaged(self, name: str, error: Exception) -> DamagedRun:
+        return DamagedRun(self.output, f"{name} can't be read ({error})")
+
+    def require_plain(self) -> None:
+        """Refuse a work folder in which links lead elsewhere: what is done in it would be done there.
+
+        Raises:
+            ValueError: names the link.
+        """
+        inside = (Path(folder) / name for folder, *names in os.walk(self.work) for name in [*names[0], *names[1]])
+        for path in (self.output / JOURNAL, self.work, *inside):
+            if os.path.lexists(path) and (path.is_symlink() or not (path.is_file() or path.is_dir())):
+                raise DamagedRun(self.output, f"{path.relative_to(self.output)} is a link, or no file")
 
     def config(self, given: CompConfig | None) -> CompConfig:
         """The run's config.
@@ -112,18 +183,46 @@ class Journal:
             self._require(given.fields(), self.run["config"])
         return stored
 
-    def go_on(self, run: dict[str, Any]) -> None:
+    def require_permissions(self, given: Mapping[str, Any]) -> None:
+        """Refuse to go on without what the run was allowed: that has to be said again, since a folder can't allow it.
+
+        Args:
+            given: arguments of `from_pretrained`.
+
+        Raises:
+            ValueError: names the options that are missing.
+        """
+        missing = [PERMISSIONS[name] for name in self.run["permissions"] if not given.get(name)]
+        if missing:
+            raise ValueError(
+                f"the unfinished run in {self.output} was begun with {' '.join(missing)}, which has to be given "
+                f"again: do so if you trust what comes with {self.run['source']!r}."
+            )
+
+    def go_on(self, run: dict[str, Any], layers: int, removed: int) -> None:
         """Take the run up, but not under other circumstances, in which it would come out otherwise.
 
         Args:
             run: as for `begin`. What the output is to be known by may be another now.
+            layers: of the dense model.
+            removed: how many of them go as a whole.
 
         Raises:
-            ValueError: names what differs.
+            ValueError: names what differs, or isn't there as it was.
         """
         # Where the model is may change; what it is may not.
-        movable = ("source", "arguments", "config", "record")
+        movable = ("source", "arguments", "permissions", "config", "record")
         self._require({k: v for k, v in run.items() if k not in movable}, self.run)
+        gone = self.state.get("removed", [])
+        if self.finished > layers - removed or (gone and (len(set(gone)) != removed or max(gone) >= layers)):
+            raise DamagedRun(self.output, f"{JOURNAL} tells of layers that the model doesn't have")
+        for place, _ in enumerate(self.reports()):
+            part = self.work / part_name(place)
+            try:
+                with safe_open(part, framework="pt"):
+                    pass
+            except (SafetensorError, OSError) as error:
+                raise self._damaged(part.name, error) from error
         if run["record"] != self.identity:
             self.record(run={**self.run, "record": run["record"]})
 
@@ -143,6 +242,8 @@ class Journal:
         """What an error in the block means for the run: one that would come again ends it, others interrupt it."""
         try:
             yield
+        except DamagedRun:
+            raise
         except (ValueError, FloatingPointError):
             self.abandon()
             raise
@@ -156,14 +257,17 @@ class Journal:
             yield
         except OSError as error:
             raise OSError(f"{error}; {self.hint()}") from error
+        except DamagedRun:
+            raise
         except (ValueError, RuntimeError) as error:
             raise RuntimeError(f"{error} {self.hint()}") from error
 
     def hint(self) -> str:
         """How far the run has come, and how to go on with it."""
+        given = [PERMISSIONS[name] for name in self.run["permissions"]]
         return (
             f"{self.finished} layers are done and kept in {self.output}; go on with\n"
-            f"  optimum-cli comp prune --resume {self.output}"
+            f"  {' '.join(['optimum-cli comp prune --resume', *given, str(self.output)])}"
         )
 
     @property
@@ -179,7 +283,7 @@ class Journal:
     @property
     def is_finishing(self) -> bool:
         """Whether all layers are done and the result is complete in `work/final`, or partly moved from there."""
-        return bool(self.state["stage"] == _FINISHING)
+        return bool(self.state["stage"] == FINISHING)
 
     def record(self, **changes: Any) -> None:
         """Change the state; on disk when this returns."""
@@ -194,12 +298,15 @@ class Journal:
         """
         final = self.work / "final"
         if not self.is_finishing:
-            for path in final.iterdir():
-                sync_file(path)
+            for path in final.rglob("*"):
+                (sync_folder if path.is_dir() else sync_file)(path)
             sync_folder(final)
-            ours = {JOURNAL, WORK}
-            stale = sorted({path.name for path in self.output.iterdir()} - ours)
-            self.record(stage=_FINISHING, files=sorted(path.name for path in final.iterdir()), stale=stale)
+            # A name that couldn't be one on another system stays: nothing that a run writes is called so.
+            stale = sorted(path.name for path in self.output.iterdir() if is_plain_name(path.name))
+            self.record(stage=FINISHING, files=sorted(path.name for path in final.iterdir()), stale=stale)
+        for name in self.state["files"]:
+            if not (final / name).exists() and not (self.output / name).exists():
+                raise DamagedRun(self.output, f"{name} of the finished model is missing")
         for name in set(self.state["stale"]) - set(self.state["files"]):
             _remove(self.output / name)
         for name in self.state["files"]:
@@ -213,16 +320,39 @@ class Journal:
         sync_folder(self.output)
 
     def abandon(self) -> None:
-        """Remove the run's traces, and the folder if nothing else is in it."""
+        """Remove the run's traces; who holds the folder removes it too, if nothing else is in it (see `hold`)."""
         shutil.rmtree(self.work, ignore_errors=True)
         (self.output / JOURNAL).unlink(missing_ok=True)
-        if not any(self.output.iterdir()):
-            self.output.rmdir()
 
 
 def is_complete(folder: Path) -> bool:
     """Whether a folder holds a finished result of pruning."""
     return (folder / REPORT_NAME).is_file() and not (folder / JOURNAL).is_file()
+
+
+def find_run(output: Path) -> tuple[Journal | None, bool]:
+    """What the output folder holds as the first process sees it, before the processes meet.
+
+    Others may be on machines that don't see it.
+
+    Returns:
+        The run that can be gone on with, if there is one; and whether there is a finished result instead.
+
+    Raises:
+        ValueError: see `Journal.read`.
+    """
+    journal = Journal.find(output) if is_first_process() else None
+    state, complete = first_says((None if journal is None else journal.state, is_complete(output)))
+    return (None if state is None else Journal(output, state)), complete
+
+
+def leave_nothing(output: Path) -> None:
+    """Remove what a process that isn't the first has kept on a disk of its own, once the run is at its end."""
+    # A journal here is that of another run: the first process has removed this one's.
+    if not (output / JOURNAL).exists():
+        shutil.rmtree(output / WORK, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            output.rmdir()
 
 
 def _remove(path: Path) -> None:

@@ -187,7 +187,7 @@ class PruningRun:
             for rows in self._rows:
                 self._dense.write(rows, own.read(rows, torch.device("cpu"), own.dtype))
             self._pass(range(first), self._dense)
-        self._reports = self._recorder.reports(done) if self.ranks.is_first else []
+        self._reports = self._recorder.reports()
         progress = tqdm(
             total=len(self._kept_layers),
             initial=done,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from optimum_comp.files import durably
 from optimum_comp.report.run import LayerReport
-from optimum_comp.sweep.journal import Journal
+from optimum_comp.sweep.journal import DamagedRun, Journal
 from optimum_comp.sweep.ranks import Ranks
 from optimum_comp.sweep.states import ActivationStore
 
@@ -74,30 +74,33 @@ class Recorder:
         self._writer.shutdown(wait=True)
 
     def restore(self, finished: int, states: Mapping[str, ActivationStore]) -> None:
-        """Read the hidden states behind the last finished layer."""
-        for name, store in states.items():
-            store.load(self._state_file(name, finished))
+        """Read the hidden states behind the last finished layer.
 
-    def reports(self, finished: int) -> list[LayerReport]:
-        """The reports on finished layers."""
-        files = (self._report_file(place) for place in range(finished))
-        return [LayerReport.of(json.loads(file.read_text(encoding="utf-8"))) for file in files]
+        Raises:
+            ValueError: they aren't there as they were.
+        """
+        for name, store in states.items():
+            file = self._state_file(name, finished)
+            try:
+                store.load(file)
+            except (FileNotFoundError, ValueError) as error:
+                raise DamagedRun(file.parents[1], f"{file.name} can't be read ({error})") from error
+
+    def reports(self) -> list[LayerReport]:
+        """The reports on finished layers, in the first process."""
+        return [] if self._journal is None else self._journal.reports()
 
     def _write(self, place: int, report: LayerReport, states: Mapping[str, ActivationStore]) -> None:
         for name, store in states.items():
             store.save(self._state_file(name, place + 1))
         self._ranks.wait()
         if self._journal is not None:
-            with durably(self._report_file(place)) as partial:
+            with durably(self._journal.report_file(place)) as partial:
                 partial.write_text(json.dumps(report.to_dict()), encoding="utf-8")
             self._journal.record(finished=place + 1)
         self._ranks.wait()
         for name in states:
             self._state_file(name, place).unlink(missing_ok=True)
-
-    def _report_file(self, place: int) -> Path:
-        assert self._folder is not None
-        return self._folder / f"layer-{place:05d}.json"
 
     def _state_file(self, stream: str, finished: int) -> Path:
         assert self._folder is not None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import mmap
 import os
+import struct
+import zlib
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -15,6 +17,7 @@ from optimum_comp.files import durably
 
 
 _COPY_BYTES = 2**24
+_CHECKSUM = struct.Struct("<I")
 
 
 def rows_of(batches: Sequence[Tensor]) -> list[slice]:
@@ -86,22 +89,31 @@ class ActivationStore:
         return other
 
     def save(self, path: Path) -> None:
-        """Write a copy that survives a power cut."""
+        """Write a copy that survives a power cut, and a checksum behind it."""
         with durably(path) as partial, partial.open("wb") as stream:
+            found = 0
             for block in self._blocks():
                 stream.write(block)
+                found = zlib.crc32(block, found)
+            stream.write(_CHECKSUM.pack(found))
 
     def load(self, path: Path) -> None:
         """Read what `save` wrote.
 
         Raises:
-            OSError: it isn't there, or was made for other samples.
+            ValueError: it was made for other samples, or has been changed.
+            OSError: it isn't there.
         """
-        if path.stat().st_size != self.num_bytes:
-            raise OSError(f"{path.name} holds {path.stat().st_size} bytes where {self.num_bytes} are wanted.")
+        size, wanted = path.stat().st_size, self.num_bytes + _CHECKSUM.size
+        if size != wanted:
+            raise ValueError(f"it holds {size} bytes where {wanted} are wanted")
         with path.open("rb") as stream:
+            found = 0
             for block in self._blocks():
                 stream.readinto(block)
+                found = zlib.crc32(block, found)
+            if stream.read() != _CHECKSUM.pack(found):
+                raise ValueError("its checksum is wrong")
 
     def _blocks(self) -> Iterator[memoryview]:
         """All bytes, a piece at a time; none is used after the next one is asked for."""
