@@ -9,6 +9,7 @@ from conftest import tiny_blocks, tiny_model, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from optimum_comp.calibration.self_written import seeded
 from optimum_comp.calibration.text import (
     choose_blocks,
     prepare_calibration,
@@ -175,6 +176,29 @@ def test_self_calibration_is_repeatable_and_leaves_the_global_seed_alone():
     assert not torch.equal(first.tokens, prepare("self", model=model, seed=2).tokens)
     end = model.generation_config.eos_token_id
     assert not bool((first.tokens == end).any())
+
+
+def test_self_calibration_seeds_no_other_device():
+    """Of a model on the processor; what torch would seed a GPU with waits there until one is used."""
+    model = tiny_model("llama")
+    waiting = torch.cuda._lazy_seed_tracker.get_calls()
+    prepare("self", model=model, seed=1)
+    assert torch.cuda._lazy_seed_tracker.get_calls() == waiting
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_generators_are_seeded_and_left_as_they_were(device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("there is none")
+    states = [torch.random.get_rng_state(), *torch.cuda.get_rng_state_all()]
+    drawn = []
+    for seed in (1, 1, 2):
+        with seeded(seed, torch.zeros(1, device=device).device):
+            drawn.append((torch.rand(3), torch.rand(3, device=device)))
+    assert all(torch.equal(*pair) for pair in zip(drawn[0], drawn[1], strict=True))
+    assert not any(torch.equal(*pair) for pair in zip(drawn[0], drawn[2], strict=True))
+    after = [torch.random.get_rng_state(), *torch.cuda.get_rng_state_all()]
+    assert all(torch.equal(*pair) for pair in zip(states, after, strict=True))
 
 
 def test_self_calibration_needs_a_start_token():
