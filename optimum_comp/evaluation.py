@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from optimum_comp.beginning import Beginning, decide, in_front, losses_of_model, spread, start_tokens
-from optimum_comp.calibration.text import PYDOC, read_text, tokenize
+from optimum_comp.calibration.text import PYDOC, first_tokens, read_beginning, read_text, tokenize
 from optimum_comp.checkpoint.opening import trusted
 from optimum_comp.checkpoint.reader import resolve_folder
 from optimum_comp.checkpoint.source import empty_model
@@ -211,8 +211,7 @@ def evaluate(path: str | Path, settings: Settings, **kwargs: Any) -> Evaluation:
     if settings.text is not None or settings.prompts:
         tokenizer = AutoTokenizer.from_pretrained(path, **lookup_arguments(kwargs))
     if settings.text is not None:
-        text, name = read_text(settings.text, settings.text_column, settings.max_tokens or None)
-        tokens = tokenize(tokenizer, text)[: settings.max_tokens or None]
+        tokens, name = _text_tokens(settings, tokenizer)
         if tokens.numel() < settings.window:
             raise ValueError(
                 f"{name} is too short: {tokens.numel()} tokens don't fill one window of {settings.window}; give more "
@@ -251,6 +250,15 @@ def evaluate(path: str | Path, settings: Settings, **kwargs: Any) -> Evaluation:
             used = tokens[: tokens.numel() // room * room]
             result.text_sha256 = hashlib.sha256(used.numpy().tobytes()).hexdigest()
     return result
+
+
+def _text_tokens(settings: Settings, tokenizer: Any) -> tuple[Tensor, str]:
+    """The tokens of text, `[n]`, and the text's name; of a long text, little beyond them is read."""
+    if settings.max_tokens is None:
+        text, name = read_text(settings.text, settings.text_column)
+        return tokenize(tokenizer, text), name
+    beginning, name = read_beginning(settings.text, settings.text_column, settings.max_tokens)
+    return first_tokens(tokenizer, beginning, settings.max_tokens), name
 
 
 def _require_room(settings: Settings, tokenizer: Any) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import random
 
 import datasets
 import pytest
@@ -8,10 +9,14 @@ import torch
 from conftest import tiny_blocks, tiny_model, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from optimum_comp.calibration.self_written import seeded
 from optimum_comp.calibration.text import (
     choose_blocks,
+    first_tokens,
     prepare_calibration,
+    read_beginning,
     read_named_dataset,
     read_text,
     tokenize,
@@ -177,12 +182,112 @@ def test_self_calibration_is_repeatable_and_leaves_the_global_seed_alone():
     assert not bool((first.tokens == end).any())
 
 
+def test_self_calibration_seeds_no_other_device():
+    """Of a model on the processor; what torch would seed a GPU with waits there until one is used."""
+    model = tiny_model("llama")
+    waiting = torch.cuda._lazy_seed_tracker.get_calls()
+    prepare("self", model=model, seed=1)
+    assert torch.cuda._lazy_seed_tracker.get_calls() == waiting
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_generators_are_seeded_and_left_as_they_were(device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("there is none")
+    states = [torch.random.get_rng_state(), *torch.cuda.get_rng_state_all()]
+    drawn = []
+    for seed in (1, 1, 2):
+        with seeded(seed, torch.zeros(1, device=device).device):
+            drawn.append((torch.rand(3), torch.rand(3, device=device)))
+    assert all(torch.equal(*pair) for pair in zip(drawn[0], drawn[1], strict=True))
+    assert not any(torch.equal(*pair) for pair in zip(drawn[0], drawn[2], strict=True))
+    after = [torch.random.get_rng_state(), *torch.cuda.get_rng_state_all()]
+    assert all(torch.equal(*pair) for pair in zip(states, after, strict=True))
+
+
 def test_self_calibration_needs_a_start_token():
     model = tiny_model("llama")
     for holder in (model.config, model.generation_config):
         holder.bos_token_id = holder.eos_token_id = holder.pad_token_id = None
     with pytest.raises(ValueError, match="begin- or end-of-text token"):
         prepare("self", model=model, tokenizer=None)
+
+
+def trained(kind: str):
+    """A tokenizer that learnt Python's documentation: byte-level as GPT-2's, or as Llama's, without any splitting."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    if kind == "unigram":
+        tokenizer, trainer = (
+            Tokenizer(models.Unigram()),
+            trainers.UnigramTrainer(vocab_size=600, unk_token="<unk>", special_tokens=["<unk>"]),
+        )
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    else:
+        tokenizer, trainer = Tokenizer(models.BPE()), trainers.BpeTrainer(vocab_size=1500, special_tokens=["<s>"])
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if kind == "unsplit":
+        # Learnt from words, and used on a whole text that is one word.
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.train_from_iterator(read_text("pydoc")[0][:200_000].split("\n\n"), trainer)
+    if kind == "unsplit":
+        tokenizer.pre_tokenizer = None
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def odd_text(seed: int, pieces: int) -> str:
+    """English, line breaks of all kinds, long words, accents, and languages without spaces."""
+    draw, english = random.Random(seed), read_text("pydoc")[0]
+    kinds = [
+        lambda: english[(start := draw.randrange(len(english) - 400)) : start + draw.randrange(400)],
+        lambda: draw.choice(["\n", "\n\n", " \n \t", "   ", "...\n\n", "\r\n", ")).\n"]),
+        lambda: "x" * draw.randrange(300),
+        lambda: "漢字仮名" * draw.randrange(60),
+        lambda: draw.choice(["e\u0301", "ﬁ", "naïve", "🙂🙂", "12345678901234567890"]),
+    ]
+    return "".join(draw.choices(kinds, [6, 3, 1, 1, 1])[0]() for _ in range(pieces))
+
+
+def require_first_tokens(tokenizer, path) -> None:
+    """Of odd texts in a file and in a list, the first tokens are those of the whole text."""
+    for seed in range(30):
+        path.write_bytes(odd_text(seed, 60).encode())
+        for source in (path, [path.read_text(encoding="utf-8")]):
+            whole = tokenize(tokenizer, read_text(source)[0])
+            for count in (1, 7, 100, 500, whole.numel() - 1, whole.numel(), whole.numel() + 5):
+                found = first_tokens(tokenizer, read_beginning(source)[0], count)
+                assert torch.equal(found, whole[:count]), (seed, count)
+
+
+@pytest.mark.parametrize("kind", ["characters", "byte-level", "unsplit", "unigram"])
+def test_first_tokens_are_those_of_the_whole_text(kind, tmp_path):
+    require_first_tokens(tiny_tokenizer() if kind == "characters" else trained(kind), tmp_path / "text.txt")
+
+
+@pytest.mark.slow
+def test_first_tokens_are_those_of_the_whole_text_with_a_real_tokenizer(real_model, tmp_path):
+    require_first_tokens(AutoTokenizer.from_pretrained(real_model), tmp_path / "text.txt")
+
+
+def test_little_of_a_long_text_is_read_and_tokenized(tmp_path):
+    path = tmp_path / "long.txt"
+    path.write_text("The cat sat on the mat.\n" * 200_000)
+    read = []
+    beginning, name = read_beginning(path)
+
+    def watched(characters: int) -> str:
+        read.append(len(beginning(characters)))
+        return beginning(characters)
+
+    assert first_tokens(tiny_tokenizer(), watched, 500).numel() == 500 and name == "long.txt"
+    assert max(read) < 10_000
+    # One word that never ends has to be read as a whole.
+    path.write_text("a" * 20_000)
+    assert first_tokens(tiny_tokenizer(), read_beginning(path)[0], 500).numel() == 500
+    path.write_text(" " * 20_000)
+    with pytest.raises(ValueError, match="holds no text"):
+        first_tokens(tiny_tokenizer(), read_beginning(path)[0], 500)
 
 
 def test_tokenize_adds_nothing():

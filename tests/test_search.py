@@ -55,7 +55,12 @@ def test_second_moments_are_those_of_the_inputs(tmp_path):
     tokens = torch.randint(3, 128, (3, 20), generator=torch.Generator().manual_seed(0))
     nodes = [node for node in dense_nodes(graph.graph) if not node.is_head]
     outputs, inputs = len(graph.graph.output), len(graph.graph.input)
-    found = second_moments(graph, nodes, tokens)
+    (found,) = second_moments(graph, nodes, tokens)
+    # A part at a time, if they take more than is allowed: OPT's two widths are 64 and 96.
+    parts = list(second_moments(graph, nodes, tokens, limit=2 * 64**2 * 4))
+    assert len(parts) > 4 and max(sum(each.numel() * 4 for each in part.values()) for part in parts) <= 96**2 * 4
+    together = {name: each for part in parts for name, each in part.items()}
+    assert together.keys() == found.keys() and all(torch.equal(together[name], found[name]) for name in found)
     assert (len(graph.graph.output), len(graph.graph.input)) == (outputs, inputs)
 
     seen = {}

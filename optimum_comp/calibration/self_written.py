@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -64,8 +65,7 @@ def write_text(
         pad_token_id=next(token for token in range(len(start) + 1) if token not in start),
     )
     blocks = []
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed, model.device):
         side_by_side = _samples_side_by_side(model, sequence_length)
         tokens = num_samples * sequence_length
         with tqdm(total=tokens, desc="Writing calibration text", unit="tok", disable=progress_disabled()) as progress:
@@ -80,6 +80,25 @@ def write_text(
                 )
                 blocks.append(written[:, len(start) :].cpu())
     return torch.cat(blocks)
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """The generators that sampling on a device draws from begin at a seed meanwhile; no other is touched.
+
+    `torch.manual_seed` would seed those of every GPU.
+
+    Args:
+        seed: the seed.
+        device: where is sampled.
+    """
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.default_generator.manual_seed(seed)
+        for each in devices:
+            with torch.cuda.device(each):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 class _Counter(BaseStreamer):

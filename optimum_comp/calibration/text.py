@@ -36,6 +36,9 @@ _BUILDERS[".parquet"] = "parquet"
 _STREAM_SURPLUS = 4
 _CHARACTERS_PER_TOKEN = 6
 
+_SETTLED = 64
+"""Tokens in front of a cut that aren't taken for those of the whole text."""
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -150,6 +153,33 @@ def read_text(source: Any, text_column: str | None = None, needed: int | None = 
     )
 
 
+def read_beginning(
+    source: Any, text_column: str | None = None, needed: int | None = None
+) -> tuple[Callable[[int], str], str]:
+    """A function that gives up to so many of the first characters of what `read_text` reads, and the source's name.
+
+    Of a text file, no more than that is read.
+
+    Args:
+        source: as for `read_text`.
+        text_column: likewise.
+        needed: likewise.
+
+    Raises:
+        ValueError: as for `read_text`; what is beyond the characters that are asked for isn't looked at.
+    """
+    path = Path(source) if isinstance(source, (str, Path)) else None
+    if path is None or not path.is_file() or _builder(path) != "text":
+        text, name = read_text(source, text_column, needed)
+        return lambda characters: text[:characters], name
+
+    def beginning(characters: int) -> str:
+        read = _read_plain(path, characters)
+        return read if len(read) == characters else _joined([read], path.name)[:characters]
+
+    return beginning, path.name
+
+
 def source_name(source: Any) -> str:
     """What a source will be called in the report, without reading it."""
     if isinstance(source, Calibration):
@@ -166,6 +196,33 @@ def source_name(source: Any) -> str:
 def tokenize(tokenizer: Any, text: str) -> Tensor:
     """Token ids of a text without special tokens, `[n]`."""
     return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+
+
+def first_tokens(tokenizer: Any, beginning: Callable[[int], str], count: int) -> Tensor:
+    """The first tokens of a text, `[count or less]`, without tokenizing much beyond them.
+
+    They are those of the whole text, as far as what a tokenizer makes of a word depends on nothing `_SETTLED` tokens
+    behind it. That holds wherever texts are split into words first, as nearly all tokenizers do: the text is cut in
+    front of white space, which ends a word, and a few tokens in front of the cut are left aside, because some
+    tokenizers keep line breaks with the punctuation before them. A tokenizer that doesn't split, but merges across
+    the whole text, has nothing that it could merge beyond a word unless its vocabulary has tokens of several words.
+
+    Args:
+        tokenizer: the tokenizer.
+        beginning: gives up to so many characters of the text (see `read_beginning`).
+        count: tokens.
+    """
+    length = (count + _SETTLED) * _CHARACTERS_PER_TOKEN
+    while True:
+        text = beginning(length)
+        if len(text) < length:
+            return tokenize(tokenizer, text)[:count]
+        # The last word may go on behind them; without another one, there is no cut.
+        words = text.rsplit(None, 1)
+        tokens = tokenize(tokenizer, words[0] if len(words) == 2 else "")
+        if tokens.numel() >= count + _SETTLED:
+            return tokens[:count]
+        length *= 2
 
 
 def choose_blocks(
@@ -228,16 +285,31 @@ def _checked_blocks(tokens: Tensor, num_samples: int, sequence_length: int) -> T
     return tokens[:num_samples, :sequence_length].to(torch.int64)
 
 
-def _read_file(path: Path, text_column: str | None) -> Sequence[str]:
+def _builder(path: Path) -> str:
+    """What `datasets` calls a file's kind."""
+    return _BUILDERS.get(path.suffix.lower(), "text")
+
+
+def _read_plain(path: Path, characters: int = -1) -> str:
+    """A text file, or its first characters; line breaks are part of the text."""
+    _require_content(path)
+    try:
+        with path.open(encoding="utf-8") as file:
+            return file.read(characters)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"calibration file {str(path)!r} is not UTF-8 text ({error}).") from error
+
+
+def _require_content(path: Path) -> None:
     if path.stat().st_size == 0:
         raise ValueError(f"calibration file {str(path)!r} is empty.")
-    builder = _BUILDERS.get(path.suffix.lower(), "text")
+
+
+def _read_file(path: Path, text_column: str | None) -> Sequence[str]:
+    _require_content(path)
+    builder = _builder(path)
     if builder == "text":
-        # Read as a whole: the line breaks are part of the text.
-        try:
-            return [path.read_text(encoding="utf-8")]
-        except UnicodeDecodeError as error:
-            raise ValueError(f"calibration file {str(path)!r} is not UTF-8 text ({error}).") from error
+        return [_read_plain(path)]
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 

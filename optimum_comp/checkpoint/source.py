@@ -22,6 +22,8 @@ from optimum_comp.utils import get_logger
 
 logger = get_logger(__name__)
 
+HALF_PRECISION = (torch.bfloat16, torch.float16)
+
 MATMUL_DTYPES = ("auto", "float32", "bfloat16")
 
 
@@ -106,13 +108,13 @@ class ResidentModel(ModelSource):
     @contextlib.contextmanager
     def outside(self, *, head: bool = False) -> Iterator[None]:
         inside = {id(parameter) for parameter in self.layers.parameters()}
-        with _in_dtype([p for p in self.model.parameters() if id(p) not in inside], self.compute_dtype):
+        with in_dtype([p for p in self.model.parameters() if id(p) not in inside], self.compute_dtype):
             yield
 
     @contextlib.contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
         layer = self.layers[index]
-        with _in_dtype(list(layer.parameters()), self.compute_dtype):
+        with in_dtype(list(layer.parameters()), self.compute_dtype):
             yield layer
 
     def commit(self, index: int, place: int, cuts: Sequence[Cut], factors: Factors) -> None:
@@ -253,7 +255,7 @@ def part_name(place: int) -> str:
 
 def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
     """Processors multiply half-precision matrices slowly or inexactly; there, weights are widened as they are read."""
-    return torch.float32 if device.type == "cpu" and stored in (torch.bfloat16, torch.float16) else stored
+    return torch.float32 if device.type == "cpu" and stored in HALF_PRECISION else stored
 
 
 def find_matmul_dtype(given: str, source: ModelSource) -> torch.dtype:
@@ -359,13 +361,13 @@ def stored_names(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _in_dtype(parameters: list[nn.Parameter], dtype: torch.dtype) -> Iterator[None]:
-    """Parameters in another dtype meanwhile; widening and narrowing again gives the same values."""
-    originals = [(parameter, parameter.data, parameter.dtype) for parameter in parameters if parameter.dtype != dtype]
-    for parameter, data, _ in originals:
-        parameter.data = data.to(dtype)
+def in_dtype(tensors: Sequence[Tensor], dtype: torch.dtype) -> Iterator[None]:
+    """Parameters or buffers in another dtype meanwhile; widening and narrowing again gives the same values."""
+    originals = [(tensor, tensor.data) for tensor in tensors if tensor.dtype != dtype]
+    for tensor, data in originals:
+        tensor.data = data.to(dtype)
     try:
         yield
     finally:
-        for parameter, data, _ in originals:
-            parameter.data = data
+        for tensor, data in originals:
+            tensor.data = data

@@ -26,6 +26,9 @@ from optimum_comp.core.quadratic import inverse
 _RATIOS = torch.linspace(0.5, 1.0, 21)
 """Shares of the largest weight of a block that are tried as the end of its range."""
 
+_WORKING_BYTES = 2**28
+"""What is worked out in between for some of a weight's rows; of a whole matrix it can be many times its size."""
+
 
 class Blocks(NamedTuple):
     """A rounded weight: `weight[i, j] = (codes[i, j] − 2^(bits−1)) · scales[i, j // block_size]`.
@@ -61,10 +64,13 @@ def nearest(weight: Tensor, bits: int, block_size: int) -> Blocks:
         bits: 4 or 8.
         block_size: weights that share a scale; the last block is padded with zeros.
     """
-    blocks = _padded(weight, block_size).unflatten(1, (-1, block_size))
-    scales = _best_scales(blocks, torch.ones_like(blocks[:1]), bits)
-    codes = _codes(blocks, scales, bits)
-    return Blocks(codes.flatten(1).add(2 ** (bits - 1)).to(torch.uint8), scales.squeeze(-1), bits, weight.shape[1])
+    codes, scales = [], []
+    for rows in weight.split(_rows_at_a_time(4 * weight.shape[1] * weight.itemsize)):
+        blocks = _padded(rows, block_size).unflatten(1, (-1, block_size))
+        scale = _best_scales(blocks, torch.ones_like(blocks[:1]), bits)
+        codes.append(_codes(blocks, scale, bits).flatten(1).add(2 ** (bits - 1)).to(torch.uint8))
+        scales.append(scale.squeeze(-1))
+    return Blocks(torch.cat(codes), torch.cat(scales), bits, weight.shape[1])
 
 
 def compensated(weight: Tensor, gram: Tensor, bits: int, block_size: int, ridge: float = 0.01) -> Blocks:
@@ -106,7 +112,13 @@ def compensated(weight: Tensor, gram: Tensor, bits: int, block_size: int, ridge:
             errors[:, column] = error
         scales[:, number : number + 1] = scale
         left[:, stop:width] -= errors @ factor[start:stop, stop:]
-    scales = _refit_scales(weight, matrix, codes, scales, block_size)
+    # As many rows' normal equations as there is room for, and their factors.
+    step = _rows_at_a_time(2 * count**2 * left.itemsize)
+    refitted = []
+    for first in range(0, rows, step):
+        part = slice(first, first + step)
+        refitted.append(_refit_scales(weight[part], matrix, codes[part], scales[part], block_size))
+    scales = torch.cat(refitted)
     return Blocks(codes.add(2 ** (bits - 1)).to(torch.uint8), scales, bits, width)
 
 
@@ -120,6 +132,11 @@ def rounding_error(weight: Tensor, rounded: Tensor, gram: Tensor) -> float:
     """
     difference = weight.to(gram.dtype) - rounded.to(gram.dtype)
     return float(((difference @ gram) * difference).sum())
+
+
+def _rows_at_a_time(row: int) -> int:
+    """How many rows are worked on together that take so many bytes each."""
+    return max(1, _WORKING_BYTES // max(1, row))
 
 
 def _padded(weight: Tensor, block_size: int) -> Tensor:

@@ -18,7 +18,7 @@ from optimum_comp.onnx.runtime import GraphRunner
 from optimum_comp.utils import progress_disabled
 
 
-_GRAM_BYTES = 2_000_000_000
+GRAM_BYTES = 2_000_000_000
 """Gram matrices that are summed up in one pass over the tokens; more need more passes."""
 
 
@@ -57,24 +57,29 @@ def opened(model: Any, outputs: Sequence[str] = (), weights: Sequence[str] = ())
         del graph.input[count_inputs:]
 
 
-def second_moments(model: Any, nodes: Sequence[DenseNode], tokens: Tensor) -> dict[str, Tensor]:
-    """Second moments of what goes into dense layers.
+def second_moments(
+    model: Any, nodes: Sequence[DenseNode], tokens: Tensor, limit: int = GRAM_BYTES
+) -> Iterator[dict[str, Tensor]]:
+    """Second moments of what goes into dense layers, those of a few activations at a time.
+
+    Those of all of a model's activations take far more memory than the model, so each part is to be used and dropped
+    before the next one is asked for.
 
     Args:
         model: a float ONNX model.
         nodes: the dense layers.
         tokens: `[samples, length]`.
+        limit: bytes of a part, if it has more than one activation; each part takes a pass over the tokens.
 
-    Returns:
+    Yields:
         Name of the activation -> `Σ_t x_t x_tᵀ`, `[d_in, d_in]`, float32.
     """
     widths = {node.inputs: node.shape[0] for node in nodes}
     passes: list[list[str]] = [[]]
     for name, width in widths.items():
-        if sum(widths[other] ** 2 for other in passes[-1]) * 4 + width**2 * 4 > _GRAM_BYTES and passes[-1]:
+        if sum(widths[other] ** 2 for other in passes[-1]) * 4 + width**2 * 4 > limit and passes[-1]:
             passes.append([])
         passes[-1].append(name)
-    found: dict[str, Tensor] = {}
     progress = tqdm(total=len(passes) * len(tokens), desc="Calibrating", unit="sample", disable=progress_disabled())
     with progress:
         for names in passes:
@@ -84,5 +89,4 @@ def second_moments(model: Any, nodes: Sequence[DenseNode], tokens: Tensor) -> di
                     for name, values in zip(names, runner.run(sample.numpy(), names), strict=True):
                         sums[name].update(torch.from_numpy(values))
                     progress.update()
-            found |= {name: total.value() for name, total in sums.items()}
-    return found
+            yield {name: total.value() for name, total in sums.items()}

@@ -160,9 +160,11 @@ def plan_of(model: Any, recipe: Recipe, family: Family | None, tokens: Tensor | 
         return Plan(assignment)
     # 8 bits lose next to nothing however they are rounded.
     nodes = [node for node in dense_nodes(model.graph) if node.name in assignment and assignment[node.name].bits < 8]
-    moments = second_moments(model, nodes, tokens)
-    chosen = {node.name: assignment[node.name] for node in nodes}
-    return Plan(assignment, round_weights(model.graph, chosen, moments))
+    rounded: dict[str, Blocks] = {}
+    for moments in second_moments(model, nodes, tokens):
+        chosen = {node.name: assignment[node.name] for node in nodes if node.inputs in moments}
+        rounded |= round_weights(model.graph, chosen, moments)
+    return Plan(assignment, rounded)
 
 
 def _names(node: str, path: str) -> bool:

@@ -116,10 +116,9 @@ def search(onnx_dir: str | Path, budget: Budget, tokens: Tensor, held_out: Tenso
         model = load_float_graph(source / MODEL_NAME)
         groups = _groups(dense_nodes(model.graph))
         logger.info("Searching over %d groups of weights in 4 bits, 8 bits or float ...", len(groups))
-        moments = second_moments(model, [n for group in groups.values() for n in group if not n.is_head], tokens)
-        rounded = _round_all(model.graph, groups, moments)
+        rounded, errors = _round_all(model, groups, tokens)
         sensitivities = _sensitivities(model, groups, rounded[FOUR], tokens[: _PROBE[0], : _PROBE[1]])
-        steps = upgrades(_choices(model.graph, groups, rounded, moments, sensitivities))
+        steps = upgrades(_choices(groups, errors, sensitivities))
         lookups = _tied_lookups(model.graph)
         del model
     with tempfile.TemporaryDirectory() as scratch:
@@ -249,16 +248,34 @@ def _tied_lookups(graph: Any) -> list[str]:
     return [node.name for node in graph.node if node.op_type == "Gather" and node.input[0] in tied]
 
 
-def _round_all(
-    graph: Any, groups: Mapping[str, list[DenseNode]], moments: Mapping[str, Tensor]
-) -> dict[Format, dict[str, Blocks]]:
-    """Every weight in 4 bits, made good for, and in 8 bits, to the nearest."""
-    rounded: dict[Format, dict[str, Blocks]] = {FOUR: {}, EIGHT: {}}
+Rounded = dict[Format, dict[str, Blocks]]
+Errors = dict[Format, dict[str, float]]
+"""Squared change of each dense node's output, or of its weight where its inputs aren't known."""
+
+
+def _round_all(model: Any, groups: Mapping[str, list[DenseNode]], tokens: Tensor) -> tuple[Rounded, Errors]:
+    """Every weight in 4 bits, made good for, and in 8 bits, to the nearest; and what that changes."""
+    rounded: Rounded = {FOUR: {}, EIGHT: {}}
+    errors: Errors = {FOUR: {}, EIGHT: {}}
     nodes = [node for group in groups.values() for node in group]
-    for node in tqdm(nodes, desc="Rounding", unit="matrix", disable=progress_disabled()):
-        rounded[FOUR][node.name] = round_weight(graph, node, FOUR, moments.get(node.inputs))
-        rounded[EIGHT][node.name] = round_weight(graph, node, EIGHT, None)
-    return rounded
+    with tqdm(total=len(nodes), desc="Rounding", unit="matrix", disable=progress_disabled()) as progress:
+
+        def round_some(some: Sequence[DenseNode], moments: Mapping[str, Tensor]) -> None:
+            for node in some:
+                weight, moment = torch.from_numpy(weight_of(model.graph, node).copy()), moments.get(node.inputs)
+                for form, used in (FOUR, moment), (EIGHT, None):
+                    blocks = rounded[form][node.name] = round_weight(model.graph, node, form, used)
+                    stored = blocks.weight()
+                    if moment is None:
+                        errors[form][node.name] = float((stored - weight).square().sum())
+                    else:
+                        errors[form][node.name] = rounding_error(weight, stored, moment)
+                progress.update()
+
+        for moments in second_moments(model, [node for node in nodes if not node.is_head], tokens):
+            round_some([node for node in nodes if node.inputs in moments], moments)
+        round_some([node for node in nodes if node.name not in rounded[FOUR]], {})
+    return rounded, errors
 
 
 def _sensitivities(
@@ -286,25 +303,12 @@ def _sensitivities(
 
 
 def _choices(
-    graph: Any,
-    groups: Mapping[str, list[DenseNode]],
-    rounded: Mapping[Format, Mapping[str, Blocks]],
-    moments: Mapping[str, Tensor],
-    sensitivities: Mapping[str, float],
+    groups: Mapping[str, list[DenseNode]], errors: Errors, sensitivities: Mapping[str, float]
 ) -> dict[str, list[Choice]]:
     choices = {}
     for name, nodes in groups.items():
-        errors = dict.fromkeys((FOUR, EIGHT), 0.0)
-        for node in nodes:
-            weight = torch.from_numpy(weight_of(graph, node).copy())
-            moment = moments.get(name)
-            for form in errors:
-                stored = rounded[form][node.name].weight()
-                if moment is None:
-                    errors[form] += float((stored - weight).square().sum())
-                else:
-                    errors[form] += rounding_error(weight, stored, moment)
-        share = errors[EIGHT] / errors[FOUR] if errors[FOUR] > 0 else 0.0
+        changed = {form: sum(found[node.name] for node in nodes) for form, found in errors.items()}
+        share = changed[EIGHT] / changed[FOUR] if changed[FOUR] > 0 else 0.0
         sizes = {form: float(sum(form.matrix_bytes(node.shape) for node in nodes)) for form in errors}
         whole = float(sum(4 * node.shape[0] * node.shape[1] for node in nodes))
         choices[name] = [

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optimum_comp.core.equalization import find_scales
+from optimum_comp.core.equalization import Room, find_scales, room_of
 from optimum_comp.core.surgery import Counts
 from optimum_comp.families import KV, Fold, Slot
 
@@ -64,7 +64,9 @@ def watching(layer: nn.Module, ranges: Mapping[Fold, InputRange]) -> Iterator[No
         yield
 
 
-def layer_factors(layer: nn.Module, counts: Counts, folds: Mapping[Fold, InputRange], tokens: int) -> Factors:
+def layer_factors(
+    layer: nn.Module, counts: Counts, folds: Mapping[Fold, InputRange], tokens: int, stored: torch.dtype
+) -> Factors:
     """Factors for a layer's parameters that even out what goes into its dense layers.
 
     Args:
@@ -72,12 +74,16 @@ def layer_factors(layer: nn.Module, counts: Counts, folds: Mapping[Fold, InputRa
         counts: its units of each kind.
         folds: what goes into the consumers of each.
         tokens: how many tokens that was.
+        stored: dtype of the weights that the factors are for.
     """
     found: Factors = {}
     for fold, seen in folds.items():
         weight = torch.cat([slot.matrix(layer).detach() for slot in fold.consumers])
         owner = channel_owners(layer, counts, fold)
-        scales, _ = find_scales(seen.largest, seen.energy, tokens, weight, owner)
+        room = meeting(
+            producers_room(layer, counts, fold, found, stored), consumers_room(layer, fold, found, stored, owner)
+        )
+        scales, _ = find_scales(seen.largest, seen.energy, tokens, weight, owner, room)
         for name, factors in fold_factors(layer, counts, fold, scales, owner).items():
             found.setdefault(name, []).extend(factors)
     return found
@@ -132,12 +138,65 @@ def fold_factors(layer: nn.Module, counts: Counts, fold: Fold, scales: Tensor, o
     return found
 
 
+def producers_room(layer: nn.Module, counts: Counts, fold: Fold, before: Factors, stored: torch.dtype) -> Room:
+    """Exponents that the scales of a fold may have for its producers, which are divided by them, to lose nothing.
+
+    Args:
+        layer: with its weights.
+        counts: its units of each kind.
+        fold: the fold.
+        before: factors that the layer's parameters are multiplied by first.
+        stored: dtype of the weights that they are for.
+    """
+    room: Room | None = None
+    for slot in fold.producers:
+        for kind in ("weight", "bias"):
+            value = getattr(slot.module(layer), kind, None)
+            if value is None:
+                continue
+            value = multiplied(value.detach().to(stored), before.get(f"{slot.path}.{kind}", []))
+            rows = slot.turned(value) if value.dim() > 1 else value[:, None]
+            least, most = room_of(rows[slot.rows_meant(len(rows), counts)])
+            room = meeting(room, (-most, -least))
+    assert room is not None
+    return room
+
+
+def consumers_room(layer: nn.Module, fold: Fold, before: Factors, stored: torch.dtype, owner: Tensor) -> Room:
+    """The same for its consumers, whose columns are multiplied by the scales.
+
+    Args:
+        layer: with its weights.
+        fold: the fold.
+        before: factors that the layer's parameters are multiplied by first.
+        stored: dtype of the weights that they are for.
+        owner: see `channel_owners`.
+    """
+    room: Room | None = None
+    for slot in fold.consumers:
+        value = multiplied(slot.module(layer).weight.detach().to(stored), before.get(f"{slot.path}.weight", []))
+        room = meeting(room, room_of(slot.turned(value).T))
+    assert room is not None
+    least, most = room
+    none = least.new_zeros(int(owner.max()) + 1)
+    # Copies share a scale.
+    return (
+        none.scatter_reduce(0, owner, least, "amax", include_self=False),
+        none.scatter_reduce(0, owner, most, "amin", include_self=False),
+    )
+
+
+def meeting(room: Room | None, other: Room) -> Room:
+    """What both allow."""
+    return other if room is None else (torch.maximum(room[0], other[0]), torch.minimum(room[1], other[1]))
+
+
 def multiplied(value: Tensor, factors: Sequence[tuple[int, Tensor]]) -> Tensor:
-    """A parameter times its factors, in its own dtype; exact, since they are powers of two."""
+    """A parameter times its factors, in its own dtype; exact, since they are powers of two within its room."""
     for dimension, factor in factors:
         shape = [1] * value.dim()
         shape[dimension] = -1
-        value = (value.double() * factor.to(value.device, torch.float64).view(shape)).to(value.dtype)
+        value = value * factor.to(value).view(shape)
     return value
 
 
@@ -151,7 +210,8 @@ def holding_folds(layer: nn.Module, counts: Counts, folds: Sequence[Fold], run: 
         layer: with its weights, which are as before afterwards.
         counts: its units of each kind.
         folds: to be tried; the layer has all of their parts.
-        run: gives the layer's output, `[batch, length, hidden]`.
+        run: gives the layer's output, `[batch, length, hidden]`, in float32 or better: rounded to half precision, what
+            a fold does wrong doesn't show.
     """
     expected = run()
     held: list[Fold] = []
@@ -164,10 +224,10 @@ def holding_folds(layer: nn.Module, counts: Counts, folds: Sequence[Fold], run: 
         originals = {name: layer.get_parameter(name).data for name in factors}
         for name, value in originals.items():
             layer.get_parameter(name).data = multiplied(value, factors[name])
-        difference = float((run().float() - expected.float()).abs().max())
+        difference = float((run() - expected).abs().max())
         for name, value in originals.items():
             layer.get_parameter(name).data = value
         tolerance = 256 * torch.finfo(expected.dtype).eps
-        if difference <= tolerance * float(expected.float().abs().max().clamp_min(1.0)):
+        if difference <= tolerance * float(expected.abs().max().clamp_min(1.0)):
             held.append(fold)
     return held

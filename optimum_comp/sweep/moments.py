@@ -7,6 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from optimum_comp.core.equalization import Room
 from optimum_comp.core.gram import add_cross_moment
 from optimum_comp.core.recovery import foreseeable
 from optimum_comp.core.selection import Units
@@ -30,6 +31,7 @@ class Moments:
         junction: how its output reaches the residual stream.
         factors: what evens out the inputs of the layer's other dense layers, by parameter.
         largest: largest absolute value of each of the consumer's inputs, `[width]`; `None` if nobody asks.
+        room: exponents that scales of these inputs may have for what makes them; likewise.
     """
 
     gram: Tensor
@@ -40,6 +42,7 @@ class Moments:
     junction: Junction
     factors: Factors = dataclasses.field(default_factory=dict)
     largest: Tensor | None = None
+    room: Room | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from optimum_comp.configuration import CompConfig
-from optimum_comp.core.equalization import find_scales
+from optimum_comp.core.equalization import find_scales, room_of
 from optimum_comp.core.gram import GramAccumulator, add_cross_moment
 from optimum_comp.core.layer_scores import least_important
 from optimum_comp.core.recovery import FORMS, energy, refit
@@ -22,7 +22,16 @@ from optimum_comp.core.surgery import Counts, Kept
 from optimum_comp.families import FFN, HEADS, KV, Fold
 from optimum_comp.families.cutting import Cut, cut_meanwhile, groups_kept
 from optimum_comp.report.run import Decision, LayerReport
-from optimum_comp.sweep.folding import Factors, fold_factors, holding_folds, layer_factors, unseen, watching
+from optimum_comp.sweep.folding import (
+    Factors,
+    fold_factors,
+    holding_folds,
+    layer_factors,
+    meeting,
+    producers_room,
+    unseen,
+    watching,
+)
 from optimum_comp.sweep.journal import Journal
 from optimum_comp.sweep.junction import Junction
 from optimum_comp.sweep.loop import sweep
@@ -307,11 +316,12 @@ class PruningRun:
     def _adds_to_residual(self, index: int, own: ActivationStore) -> bool:
         """Whether the layer's output is the tapped layer's plus what the consumer contributes.
 
-        Measured, not declared: OPT-350m differs from its siblings in this by one config field.
+        Measured, not declared: OPT-350m differs from its siblings in this by one config field. In float32, since half
+        precision would round away what a norm does.
         """
         axis = self.family.ffn
-        with self.source.layer(index) as layer:
-            hidden = self._read(own, slice(0, 1))
+        with self.source.layer(index) as layer, self._runner.widened(index) as dtype:
+            hidden = own.read(slice(0, 1), self.source.device, dtype)
             whole = self._runner.run(index, hidden, exact=True)
             junction = Junction(self.family, self._model_config, axis, layer)
             tap = Tap(axis.consumer, layer, with_bias=junction.norm is None)
@@ -321,12 +331,12 @@ class PruningRun:
             output = functional.linear(tap.inputs, axis.consumer.matrix(layer))
             rebuilt = residual + junction.contribution(output).view_as(residual)
         tolerance = 16 * torch.finfo(hidden.dtype).eps
-        difference = float((rebuilt.float() - whole.float()).abs().max())
-        return difference <= tolerance * float(whole.float().abs().max().clamp_min(1.0))
+        difference = float((rebuilt - whole).abs().max())
+        return difference <= tolerance * float(whole.abs().max().clamp_min(1.0))
 
     def _find_folds(self, index: int, own: ActivationStore) -> None:
-        with self.source.layer(index) as layer:
-            hidden = self._read(own, slice(0, 1))
+        with self.source.layer(index) as layer, self._runner.widened(index) as dtype:
+            hidden = own.read(slice(0, 1), self.source.device, dtype)
             there = [fold for fold in self.family.folds if fold.is_in(layer)]
             held = holding_folds(layer, self._counts, there, lambda: self._runner.run(index, hidden, exact=True))
         if self.ranks.is_first and len(held) < len(there):
@@ -473,9 +483,13 @@ class PruningRun:
         self.ranks.max_(largest, *(seen.largest for seen in ranges.values()))
         self.ranks.sum_(gram.sum, *(() if aim is None else aim.moments), *(seen.energy for seen in ranges.values()))
         with clock("solve"):
-            factors = layer_factors(layer, counts, ranges, self._tokens.numel())
+            stored = self.source.state_dtype
+            factors = layer_factors(layer, counts, ranges, self._tokens.numel(), stored)
+            room = None
+            if self._consumer_fold is not None:
+                room = producers_room(layer, counts, self._consumer_fold, factors, stored)
         found = self._moments(gram.value(), aim, weight, junction)
-        return dataclasses.replace(found, factors=factors, largest=largest)
+        return dataclasses.replace(found, factors=factors, largest=largest, room=room)
 
     def _with_gap(self, gap: range, moments: Moments) -> Moments:
         """What a consumer's output lacks if it is to do the work of removed layers behind it, too.
@@ -548,20 +562,25 @@ class PruningRun:
                 # Everything after this sees the weight as it is saved.
                 weight = moments.junction.ungained(found.weight).to("cpu", self.source.state_dtype)
                 found = Reduction(found.kept.cpu(), weight, found.scores.cpu(), found.error)
-                factors = self._with_consumer(index, factors, moments.largest, squares, found)
+                factors = self._with_consumer(index, moments, squares, found)
         shared = self.ranks.from_first((found, factors))
         assert shared[0] is not None
         return shared[0], shared[1]
 
-    def _with_consumer(
-        self, index: int, factors: Factors, largest: Tensor | None, squares: Tensor | None, found: Reduction
-    ) -> Factors:
+    def _with_consumer(self, index: int, moments: Moments, squares: Tensor | None, found: Reduction) -> Factors:
         """The factors, with those that even out what the neurons that stay give to the consumer."""
-        if self._consumer_fold is None or largest is None or squares is None:
-            return factors
+        if self._consumer_fold is None or moments.largest is None or moments.room is None or squares is None:
+            return moments.factors
         kept = found.kept
-        scales, _ = find_scales(largest.cpu()[kept], squares.cpu()[kept], self._tokens.numel(), found.weight)
-        merged = {name: list(given) for name, given in factors.items()}
+        least, most = (bound.cpu()[kept] for bound in moments.room)
+        scales, _ = find_scales(
+            moments.largest.cpu()[kept],
+            squares.cpu()[kept],
+            self._tokens.numel(),
+            found.weight,
+            room=meeting((least, most), room_of(found.weight.T)),
+        )
+        merged = {name: list(given) for name, given in moments.factors.items()}
         after = {FFN: len(kept)}
         for name, given in fold_factors(self.source.layers[index], after, self._consumer_fold, scales).items():
             merged.setdefault(name, []).extend(given)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optimum_comp.checkpoint.source import ModelSource
+from optimum_comp.checkpoint.source import HALF_PRECISION, ModelSource, in_dtype
 from optimum_comp.families import Slot
 from optimum_comp.sweep.states import ActivationStore, rows_of
 
@@ -35,6 +35,17 @@ def replaced(root: nn.Module, path: str, module: nn.Module) -> Iterator[None]:
         yield
     finally:
         setattr(parent, name, original)
+
+
+def _widened(value: Any) -> Any:
+    """The same with all tensors of half precision in float32."""
+    if isinstance(value, Tensor):
+        return value.float() if value.dtype in HALF_PRECISION else value
+    if isinstance(value, dict):
+        return {key: _widened(each) for key, each in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(map(_widened, value))
+    return value
 
 
 class Tap(nn.Module):
@@ -201,6 +212,28 @@ class LayerRunner:
         }
         with contextlib.nullcontext() if exact else self.products():
             return first(self.source.layers[index](hidden, *args, **{**kwargs, **several})).to(hidden.dtype)
+
+    @contextlib.contextmanager
+    def widened(self, index: int) -> Iterator[torch.dtype]:
+        """Decoder layer `index` computes in float32 meanwhile, if it computes in half precision otherwise.
+
+        To be called inside `source.layer(index)`; for what is measured to tell a difference from rounding.
+
+        Yields:
+            The dtype that its hidden states are to have.
+        """
+        if self.source.compute_dtype not in HALF_PRECISION:
+            yield self.source.compute_dtype
+            return
+        layer, recorded = self.source.layers[index], self._arguments[index]
+        narrow = [tensor for tensor in (*layer.parameters(), *layer.buffers()) if tensor.dtype in HALF_PRECISION]
+        args, kwargs = recorded
+        self._arguments[index] = _widened(args), _widened(kwargs)
+        try:
+            with in_dtype(narrow, torch.float32):
+                yield torch.float32
+        finally:
+            self._arguments[index] = recorded
 
     def inputs_of(self, index: int, slot: Slot, hidden: Tensor) -> Tensor:
         """What a dense layer of decoder layer `index` reads, `[batch, length, d_in]`; nothing behind it is run.
