@@ -254,7 +254,7 @@ def evaluate(path: str | Path, settings: Settings, **kwargs: Any) -> Evaluation:
 
 def _text_tokens(settings: Settings, tokenizer: Any) -> tuple[Tensor, str]:
     """The tokens of text, `[n]`, and the text's name; of a long text, little beyond them is read."""
-    if settings.max_tokens is None:
+    if not settings.max_tokens:
         text, name = read_text(settings.text, settings.text_column)
         return tokenize(tokenizer, text), name
     beginning, name = read_beginning(settings.text, settings.text_column, settings.max_tokens)

@@ -13,6 +13,7 @@ from optimum_comp.checkpoint.rope import require_portable
 from optimum_comp.checkpoint.source import ModelSource, ResidentModel, StreamedModel, empty_model
 from optimum_comp.families import Family, family_of
 from optimum_comp.files import check_model
+from optimum_comp.sweep.ranks import device_of, place_on_machine
 from optimum_comp.utils import get_logger
 
 
@@ -114,20 +115,9 @@ def _dtype(given: Any) -> torch.dtype | None:
 
 
 def find_device(given: str | torch.device | None) -> torch.device:
-    """A device by name; the processor for `None`.
+    """A device by name, of several processes on one machine each one's own; the processor for `None`.
 
     Raises:
-        ValueError: there is no such device here.
+        ValueError: there is no such device here, or two processes would share a GPU.
     """
-    try:
-        device = torch.device("cpu" if given is None else given)
-    except RuntimeError as error:
-        raise ValueError(f"device={given!r} is not valid: give cpu, cuda or cuda:N.") from error
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"device={given!r}: torch sees no CUDA device here; leave --device away to use the CPU.")
-        if (device.index or 0) >= torch.cuda.device_count():
-            raise ValueError(f"device={given!r}: there are {torch.cuda.device_count()} CUDA devices here.")
-    elif device.type != "cpu":
-        raise ValueError(f"device={given!r} is not valid: layers run on cpu or cuda.")
-    return device
+    return device_of(given, *place_on_machine(), torch.cuda.device_count() if torch.cuda.is_available() else 0)

@@ -1,4 +1,4 @@
-"""Several processes that prune one model together, on `torch.distributed`.
+"""Several processes that prune one model together, brought together by accelerate.
 
 Started by `torchrun` or `accelerate launch`, each process takes a share of the calibration samples; moments are summed
 over all, the first process decides and repairs, and the others take over what it found.
@@ -6,7 +6,9 @@ over all, the first process decides and repairs, and the others take over what i
 
 from __future__ import annotations
 
+import atexit
 import functools
+import io
 import itertools
 import json
 import os
@@ -58,21 +60,106 @@ def first_says(value: T) -> T:
     return found
 
 
-class Ranks:
-    """This process among those that work together; one alone needs no `torch.distributed`.
+def place_on_machine() -> tuple[int, int]:
+    """This process's number among those that work together on this machine, and how many those are."""
+    if not _is_launched():
+        return 0, 1
+    number = int(os.environ.get("LOCAL_RANK", "0"))
+    return number, max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), number + 1)
+
+
+def device_of(given: str | torch.device | None, local_rank: int, local_size: int, devices: int) -> torch.device:
+    """Where one of the processes on a machine computes: of several, each on a GPU of its own.
 
     Args:
-        device: a CUDA device uses NCCL, any other gloo. An initialised process group is used as it is.
+        given: a device or its name, the same for all processes or of this one; the processor for `None`.
+        local_rank: number of the process among those on its machine.
+        local_size: how many those are.
+        devices: CUDA devices that each of them sees.
+
+    Raises:
+        ValueError: there is no such device, or two processes would share a GPU.
+    """
+    try:
+        device = torch.device("cpu" if given is None else given)
+    except RuntimeError as error:
+        raise ValueError(f"device={given!r} is not valid: give cpu, cuda or cuda:N.") from error
+    if device.type == "cpu":
+        return device
+    said = f"device={str(given)!r}"
+    if device.type != "cuda":
+        raise ValueError(f"{said} is not valid: layers run on cpu or cuda.")
+    if devices == 0:
+        raise ValueError(f"{said}: torch sees no CUDA device here; leave --device away to use the CPU.")
+    if (device.index or 0) >= devices:
+        raise ValueError(f"{said}: there are {devices} CUDA devices here.")
+    if local_size == 1:
+        return device
+    if local_size > devices:
+        raise ValueError(
+            f"{said}: {local_size} processes on this machine need as many CUDA devices, and there are {devices} here; "
+            "start fewer processes."
+        )
+    if device.index not in (None, local_rank):
+        raise ValueError(
+            f"{said}: {local_size} processes run on this machine, and number {local_rank} takes cuda:{local_rank}; "
+            "give cuda, so that each has a GPU of its own."
+        )
+    return torch.device("cuda", local_rank)
+
+
+def _has_met() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _part() -> None:
+    if _has_met():
+        dist.destroy_process_group()
+
+
+def _meet(device: torch.device) -> None:
+    """Make the process group of all that were started, by what this one computes on.
+
+    Raises:
+        ValueError: accelerate was told before that this process is alone.
+    """
+    from accelerate import PartialState
+
+    # There is one in a process, whose first maker says how.
+    state = PartialState(cpu=device.type != "cuda", timeout=_PATIENCE)
+    if not _has_met():
+        raise ValueError(
+            f"{os.environ['WORLD_SIZE']} processes were started, and accelerate sees {state.num_processes}: start "
+            "them with torchrun or accelerate launch, and make no PartialState or Accelerator without the others."
+        )
+    # A process that ends with gloo's threads still running is aborted now and then, its work done or not.
+    atexit.register(_part)
+
+
+class Ranks:
+    """This process among those that work together; one alone needs neither accelerate nor `torch.distributed`.
+
+    The collectives are torch's own: accelerate's know no process group but their own, and sum into a copy, of which a
+    large Gram matrix leaves no room.
+
+    Args:
+        device: where this process computes. The first one asked for says how processes talk: over NCCL from CUDA
+            devices, over gloo from any other. An initialised process group is used as it is.
+
+    Raises:
+        ValueError: accelerate was told before that this process is alone, though it was started as one of several.
     """
 
     def __init__(self, device: torch.device | None = None):
-        if _is_launched() and not dist.is_initialized():
-            backend = "nccl" if device is not None and device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=_PATIENCE)
-        together = dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank() if together else 0
-        self.size = dist.get_world_size() if together else 1
-        self._device = device if together and dist.get_backend() == "nccl" else torch.device("cpu")
+        own = device or torch.device("cpu")
+        if _is_launched() and not _has_met():
+            _meet(own)
+        self.rank = dist.get_rank() if _has_met() else 0
+        self.size = dist.get_world_size() if _has_met() else 1
+        # What is said goes through memory of this device.
+        self._device = torch.device("cpu")
+        if self.size > 1 and dist.get_backend() == "nccl":
+            self._device = own if own.type == "cuda" else torch.device("cuda", torch.cuda.current_device())
 
     @property
     def is_first(self) -> bool:
@@ -124,12 +211,16 @@ class Ranks:
                     tensor.copy_(there)
 
     def from_first(self, value: T) -> T:
-        """The first process's value, tensors in it included."""
+        """The first process's value; tensors in it come to the others' main memory, wherever the first has them."""
         if self.size == 1:
             return value
-        box: list[Any] = [value if self.is_first else None]
+        # Pickled as it is, a tensor would come to the GPU that the first process computes on.
+        packed = io.BytesIO()
+        if self.is_first:
+            torch.save(value, packed)
+        box = [packed.getvalue()]
         dist.broadcast_object_list(box, src=0, device=self._device)
-        return box[0]
+        return value if self.is_first else torch.load(io.BytesIO(box[0]), map_location="cpu", weights_only=False)
 
     def wait(self) -> None:
         """Until all processes are here."""
