@@ -29,12 +29,15 @@ class Decision:
         scores: importance before anything was removed along the axis, of every unit that was there then.
         relative_error: squared error that the removal leaves in the dense layer's output, compared with what the
             repair aims at, over that error and the repaired output's square: the part that couldn't be kept.
+        unrepaired_error: what it would be, over the same sum, had the units that stay been left as they were; `None`
+            where nobody has worked it out.
     """
 
     axis: str
     kept: list[int]
     scores: list[float]
     relative_error: float
+    unrepaired_error: float | None = None
 
 
 @dataclass
