@@ -157,8 +157,8 @@ def reduce_channels(
         if not is_gone:
             # From the optimum on the kept channels, the error grows by the square of the way.
             moved = found.target - (plain if metric == "condition_gram" else 1)
-            change = energy_of_kept(repaired - plain, gram, found.kept)
-            unrepaired = found.cost + change + shift * float(moved.square().sum())
+            way = energy_of_kept(repaired - plain, gram, found.kept)
+            unrepaired = found.cost + way + shift * float(moved.square().sum())
         return Reduction(found.kept, repaired, found.scores, found.cost, unrepaired)
     if metric in SCORES:
         scores = SCORES[metric](weight, gram, generator)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from optimum_comp.beginning import Beginning
+from optimum_comp.core.allocation import Entry
 from optimum_comp.utils import format_bytes
 
 
@@ -97,6 +98,7 @@ class CompReport:
     Attributes:
         units: kind of unit -> how many each layer had, and has now.
         matmul_dtype: what factors of matrix products were rounded to while layers ran.
+        ledger: what was to go of each kind of unit, and what did; empty where nobody has recorded it.
         seconds: wall time; of a run that was gone on with, since then.
         peak_memory_bytes: largest memory of the process so far.
         timings: seconds by kind of work.
@@ -115,6 +117,7 @@ class CompReport:
     calibration: dict[str, Any]
     versions: dict[str, str]
     matmul_dtype: str = "float32"
+    ledger: list[Entry] = field(default_factory=list)
     seconds: float = 0.0
     peak_memory_bytes: int = 0
     timings: dict[str, float] = field(default_factory=dict)
@@ -164,7 +167,9 @@ class CompReport:
     def load(cls, folder: Path) -> CompReport:
         """Read what `save` wrote."""
         data = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))
-        return cls(**{**data, "layers": [LayerReport.of(layer) for layer in data["layers"]]})
+        layers = [LayerReport.of(layer) for layer in data["layers"]]
+        ledger = [Entry(**entry) for entry in data.get("ledger", [])]
+        return cls(**{**data, "layers": layers, "ledger": ledger})
 
 
 def recorded_beginning(folder: str | Path) -> Beginning | None:

@@ -547,9 +547,7 @@ class PruningRun:
                 found = self._reduce(index, moments, self.keep[FFN])
                 # Everything after this sees the weight as it is saved.
                 weight = moments.junction.ungained(found.weight).to("cpu", self.source.state_dtype)
-                found = dataclasses.replace(
-                    found, kept=found.kept.cpu(), weight=weight, scores=found.scores.cpu()
-                )
+                found = dataclasses.replace(found, kept=found.kept.cpu(), weight=weight, scores=found.scores.cpu())
                 factors = self._with_consumer(index, factors, moments.largest, squares, found)
         shared = self.ranks.from_first((found, factors))
         assert shared[0] is not None
