@@ -595,6 +595,7 @@ class CompPruner:
             calibration=samples.describe(),
             versions=library_versions(),
             matmul_dtype=_dtype_name(products),
+            ledger=list(allocation.ledger),
         )
 
     def _finish(

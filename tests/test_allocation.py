@@ -43,6 +43,7 @@ def test_the_plan_keeps_its_promise_or_says_why_not(sparsity, fraction, round_to
     # Never more than one rounding step too much.
     step = round_to * shape.neuron_parameters / shape.layer_parameters
     assert plan.sparsity <= sparsity + step + 1e-6
+    assert sum(entry.taken_parameters for entry in plan.ledger) == plan.parameters
     gone = plan.layers * shape.layer_parameters + (layers - plan.layers) * (width - plan.width) * 3 * hidden
     assert plan.sparsity == pytest.approx(gone / (layers * shape.layer_parameters))
 
@@ -56,6 +57,82 @@ def test_more_than_the_feed_forward_layers_hold_is_refused(sparsity):
 def test_more_layers_than_may_go_are_refused():
     with pytest.raises(ValueError, match="only 2 of 4 may go"):
         allocate(Shape(4, 1000, 100, 7), 0.9, 1.0, 1, 2)
+
+
+ATTENTION = {"groups": 3, "group_parameters": 245_760, "group_heads": 3, "head_parameters": 73_728}
+
+
+def shape_with(axes: tuple[str, ...]) -> Shape:
+    """SmolLM2-135M's, of which only some may go."""
+    return Shape(
+        num_layers=30,
+        layer_parameters=3_540_096,
+        width=1536,
+        neuron_parameters=1728 if "ffn" in axes else 0,
+        groups=3,
+        group_parameters=ATTENTION["group_parameters"] if "kv" in axes else 0,
+        group_heads=3,
+        head_parameters=ATTENTION["head_parameters"] if "heads" in axes else 0,
+    )
+
+
+@given(
+    sparsity=st.floats(0.01, 0.9),
+    layers=st.floats(0, 1),
+    attention=st.floats(0, 1),
+    axes=st.sampled_from(
+        [("ffn",), ("ffn", "kv"), ("ffn", "heads"), ("ffn", "kv", "heads"), ("kv", "heads"), ("kv",)]
+    ),
+    round_to=st.sampled_from([1, 32, 64]),
+)
+def test_the_ledger_adds_up_to_what_goes(sparsity, layers, attention, axes, round_to):
+    shape = shape_with(axes)
+    try:
+        plan = allocate(shape, sparsity, layers, round_to, 28, min(attention, 1 - layers))
+    except ValueError:
+        return
+    taken = {entry.axis: entry for entry in plan.ledger}
+    assert len(taken) == len(plan.ledger)
+    assert sum(entry.taken_parameters for entry in plan.ledger) == plan.parameters
+    assert taken["layers"].taken_units == plan.layers if "layers" in taken else plan.layers == 0
+    before = {"ffn": 1536, "kv": 3, "heads": 3 * plan.units.get("kv", 3)}
+    for axis, there in before.items():
+        gone = there - plan.units.get(axis, there)
+        assert gone == (taken[axis].taken_units if axis in taken else 0)
+    for entry in plan.ledger:
+        assert entry.wanted_parameters >= 0 and entry.reason.endswith(".")
+        if entry.taken_units < entry.wanted_units - 0.01:
+            assert "rounded down" in entry.reason or "has to stay" in entry.reason
+
+
+def test_the_ledger_says_what_rounding_did():
+    (neurons,) = allocate(SMOLLM2, 0.2, 0.0, 32, 28).ledger
+    assert (neurons.axis, neurons.taken_units, neurons.taken_parameters) == ("ffn", 416, 30 * 416 * 1728)
+    assert neurons.wanted_units == pytest.approx(0.2 * 3_540_096 / 1728)
+    assert neurons.wanted_parameters == pytest.approx(0.2 * 30 * 3_540_096)
+    assert "409.73 neurons of 1,728 in each of 30 layers" in neurons.reason
+    assert "1126.27 of 1536 would stay, rounded down to a multiple of 32: 1120." in neurons.reason
+    layers, _ = allocate(SMOLLM2, 0.2, 0.3, 32, 28).ledger
+    assert layers.wanted_units == pytest.approx(1.8) and layers.taken_units == 1
+    assert "1.80 layers of 3,540,096, rounded down to whole layers: 1." in layers.reason
+
+
+def test_the_ledger_says_where_a_share_is_too_small_for_anything():
+    groups, heads, _ = allocate(shape_with(("ffn", "kv", "heads")), 0.2, 0.0, 32, 28, 0.1).ledger
+    for entry in (groups, heads):
+        assert entry.taken_units == entry.taken_parameters == 0
+        assert "less than one, rounded down to nothing" in entry.reason
+    groups, _ = allocate(shape_with(("ffn",)), 0.2, 0.0, 32, 28, 0.1).ledger
+    assert "nothing of it can go here: neurons take it" in groups.reason
+    assert groups.wanted_parameters == pytest.approx(0.1 * 0.2 * 30 * 3_540_096)
+
+
+def test_the_ledger_says_where_attention_is_rounded_up_and_what_has_to_stay():
+    (groups,) = allocate(shape_with(("kv",)), 0.1, 0.0, 32, 28).ledger
+    assert groups.taken_units == 2 and "rounded up to whole groups: 2" in groups.reason
+    groups, heads, _ = allocate(shape_with(("ffn", "kv", "heads")), 0.3, 0.0, 32, 28, 1.0).ledger
+    assert groups.taken_units == 2 and "one group has to stay: 2" in groups.reason
+    assert heads.taken_units == 2 and "one query head has to stay: 2" in heads.reason
 
 
 @given(st.lists(st.floats(0, 2), min_size=1, max_size=20), st.data())

@@ -22,9 +22,9 @@ from optimum_comp.core.quadratic import (
     mask_gram,
     solve,
 )
-from optimum_comp.core.recovery import RECOVERIES, energy, recover
+from optimum_comp.core.recovery import RECOVERIES, energy, energy_of_kept, recover
 from optimum_comp.core.recovery import refit as refit_layer
-from optimum_comp.core.selection import reduce_channels
+from optimum_comp.core.selection import Units, reduce_channels
 
 
 RIDGE = 1e-6
@@ -290,6 +290,107 @@ def test_one_elimination_chooses_and_repairs(metric, recovery):
     # In the memory of the Gram matrix: the same.
     inplace = reduce_channels(weight, gram.clone(), 3, cross=cross, overwrite=True, **settings)
     assert torch.equal(inplace.kept, found.kept) and torch.equal(inplace.weight, found.weight)
+
+
+def explicit_error(x, weight, wanted, kept, form, ridge, columns) -> float:
+    """Squared distance of a weight on some channels from a problem's optimum: no Gram matrix, no inverse.
+
+    Args:
+        x: inputs.
+        weight: the dense weight.
+        wanted: outputs aimed at.
+        kept: channels.
+        form: of the problem, whose ridge counts as an error, too; `None`: the optimum is the Gram form's, and the
+            error that of the outputs alone.
+        ridge: λ.
+        columns: what stands on the kept channels, `[d_out, |S|]`.
+    """
+    if form == "condition_mask":
+        stacked = torch.stack([(x[:, [j]] @ weight[:, [j]].T).flatten() for j in range(x.shape[1])], dim=1)
+        scale = (ridge * stacked.square().sum(0).mean()).sqrt()
+        rows = torch.cat([stacked, scale * torch.eye(x.shape[1], dtype=x.dtype)])
+        best = torch.linalg.lstsq(rows, torch.cat([wanted.flatten(), scale.repeat(x.shape[1])])[:, None]).solution
+        factors = (columns / weight[:, kept])[:1].T
+        return float((rows @ best - rows[:, kept] @ factors).square().sum())
+    scale = (ridge * x.square().sum(0).mean()).sqrt()
+    rows = torch.cat([x, scale * torch.eye(x.shape[1], dtype=x.dtype)])
+    best = torch.linalg.lstsq(rows, torch.cat([wanted, scale * weight.T])).solution
+    rows = rows if form else x
+    return float((rows @ best - rows[:, kept] @ columns.T).square().sum())
+
+
+@pytest.mark.parametrize("metric", ["condition_gram", "condition_mask", "wanda"])
+@pytest.mark.parametrize("recovery", ["least_squares", "mask", "none"])
+@pytest.mark.parametrize("aim", ["own", "lack", "whole"])
+@pytest.mark.parametrize("heads", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_errors_with_and_without_the_repair_are_those_of_explicit_outputs(metric, recovery, aim, heads, seed):
+    x, weight, gram, _ = problem_of("random", seed)
+    own = x @ weight.T
+    wanted = own if aim == "own" else own + 0.5 * torch.randn(own.shape, generator=generator(9), dtype=own.dtype)
+    cross, share = None, 0.0
+    if aim == "lack":
+        cross = (wanted - own).T @ x
+    if aim == "whole":
+        # The own outputs, and 0.4 of the way to others.
+        share, others_wanted = 0.4, own + (wanted - own) / 0.4
+        cross = share * others_wanted.T @ x
+    found = reduce_channels(
+        weight,
+        gram,
+        2 if heads else 3,
+        metric=metric,
+        recovery=recovery,
+        ridge=1e-3,
+        block_size=2,
+        generator=generator(0),
+        cross=cross,
+        own_share=share,
+        units=Units(torch.arange(6).view(3, 2), torch.zeros(3, dtype=torch.long)) if heads else None,
+    )
+    if recovery == "none":
+        wanted = own
+    form = metric if RECOVERIES[recovery] == metric else None
+    explicit = [
+        explicit_error(x, weight, wanted, found.kept, form, 1e-3, columns)
+        for columns in (found.weight, weight[:, found.kept])
+    ]
+    assert [found.error, found.unrepaired] == pytest.approx(explicit, rel=1e-4, abs=1e-6)
+    if recovery == "none":
+        assert found.unrepaired == found.error
+    else:
+        # Where the choice was made by other rules, the repair's ridge isn't part of the error.
+        assert 0 <= found.error <= found.unrepaired * (1 if form else 1 + 1e-4)
+    energy_after = energy(found.weight, gram[found.kept][:, found.kept])
+    relative = found.relative_error(energy_after)
+    assert 0 <= relative <= 1
+    assert found.relative_unrepaired_error(energy_after) >= relative * (1 - 1e-4)
+
+
+@pytest.mark.parametrize("size", [5, 256, 700])
+def test_energy_of_kept_channels_is_that_of_their_part_of_the_matrix(size):
+    x = torch.randn(50, 2 * size, generator=generator(0), dtype=torch.float64)
+    weight = torch.randn(7, size, generator=generator(1), dtype=torch.float64)
+    kept = torch.randperm(2 * size, generator=generator(2))[:size].sort().values
+    assert energy_of_kept(weight, x.T @ x, kept) == pytest.approx(
+        float((x[:, kept] @ weight.T).square().sum()), rel=1e-5
+    )
+
+
+def test_nothing_is_said_of_an_error_without_repair_where_the_gram_matrix_is_gone():
+    _, weight, gram, _ = problem_of("random")
+    found = reduce_channels(
+        weight,
+        gram,
+        3,
+        metric="condition_gram",
+        recovery="least_squares",
+        ridge=1e-3,
+        block_size=1,
+        generator=generator(0),
+        overwrite=True,
+    )
+    assert found.unrepaired is None and found.relative_unrepaired_error(1.0) is None
 
 
 @pytest.mark.parametrize("recovery", ["least_squares", "mask"])

@@ -32,6 +32,27 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class Entry:
+    """What was to go of one kind of unit, and what does.
+
+    Attributes:
+        axis: `layers`, `kv`, `heads` or `ffn`.
+        wanted_units: how many would be just its part of the budget; in each remaining layer, or of whole layers.
+        wanted_parameters: that part, in all layers.
+        taken_units: how many go, after rounding.
+        taken_parameters: what goes with them, in all layers.
+        reason: how the one became the other, in a sentence.
+    """
+
+    axis: str
+    wanted_units: float
+    wanted_parameters: float
+    taken_units: int
+    taken_parameters: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class Allocation:
     """What to remove.
 
@@ -40,12 +61,14 @@ class Allocation:
         units: axis -> how many units of it stay in each remaining layer; neurons always, others if some go.
         parameters: how many go in all, after rounding.
         sparsity: their share of the decoder-layer parameters.
+        ledger: an entry for each kind of unit that has a part of the budget, in the order in which they take theirs.
     """
 
     layers: int
     units: dict[str, int] = field(hash=False)
     parameters: int
     sparsity: float
+    ledger: tuple[Entry, ...] = ()
 
     @property
     def width(self) -> int:
@@ -83,10 +106,10 @@ def allocate(
     per_layer = shape.layer_parameters
     total = shape.num_layers * per_layer
     wanted = sparsity * total
-    layers = math.floor(layer_fraction * wanted / per_layer + 1e-9)
-    if shape.neuron_parameters == 0 and shape.group_parameters == 0 and shape.head_parameters == 0:
-        # Nothing else may go: whole layers are rounded up.
-        layers = math.ceil(layer_fraction * wanted / per_layer - 1e-9)
+    exact_layers = layer_fraction * wanted / per_layer
+    # Where nothing else may go, whole layers are rounded up.
+    only_layers = shape.neuron_parameters == 0 and shape.group_parameters == 0 and shape.head_parameters == 0
+    layers = math.ceil(exact_layers - 1e-9) if only_layers else math.floor(exact_layers + 1e-9)
     if layers > max_layers:
         raise ValueError(
             f"sparsity={sparsity:g} with layer_fraction={layer_fraction:g} removes {layers} layers, but only "
@@ -94,10 +117,22 @@ def allocate(
         )
     remaining = shape.num_layers - layers
     rest = (wanted - layers * per_layer) / remaining
+    ledger = []
+    if layer_fraction:
+        reason = (
+            f"{layer_fraction:.4g} of the budget is {exact_layers * per_layer:,.0f} parameters: {exact_layers:.2f} "
+            f"layers of {per_layer:,}{_whole(exact_layers, layers, shape.num_layers, 'layer')}."
+        )
+        ledger.append(Entry("layers", exact_layers, exact_layers * per_layer, layers, layers * per_layer, reason))
     if shape.neuron_parameters:
-        gone, units = _attention(shape, attention_fraction * wanted / remaining, upwards=False)
+        share = attention_fraction * wanted / remaining
+        gone, units, entries = _attention(shape, share, remaining, "attention's share", upwards=False)
+        if share and not entries:
+            reason = "attention has a share, and nothing of it can go here: neurons take it."
+            entries = [Entry("kv", 0.0, share * remaining, 0, 0, reason)]
     else:
-        gone, units = _attention(shape, rest, upwards=True)
+        gone, units, entries = _attention(shape, rest, remaining, "what layers leave", upwards=True)
+    ledger += entries
     neurons = max(0.0, (rest - gone) / shape.neuron_parameters) if shape.neuron_parameters else 0.0
     width = shape.width
     if neurons > 1e-9:
@@ -117,26 +152,98 @@ def allocate(
             f"sparsity={sparsity:g} {held} {layers} whole layers removed at most {reachable:.3f} can go; lower it or "
             "raise layer_fraction."
         )
-    return Allocation(layers=layers, units={"ffn": width, **units}, parameters=removed, sparsity=removed / total)
+    if shape.neuron_parameters:
+        ledger.append(_neurons(shape, neurons, width, remaining, round_to))
+    return Allocation(
+        layers=layers,
+        units={"ffn": width, **units},
+        parameters=removed,
+        sparsity=removed / total,
+        ledger=tuple(ledger),
+    )
 
 
-def _attention(shape: Shape, budget: float, *, upwards: bool) -> tuple[int, dict[str, int]]:
-    """Parameters of a layer's attention that go for a budget, and units of each axis that stay."""
+def _neurons(shape: Shape, exact: float, width: int, layers: int, round_to: int) -> Entry:
+    """What neurons take in each of so many layers."""
+    each, wanted = shape.neuron_parameters, exact * shape.neuron_parameters * layers
+    to = f"a multiple of {round_to}" if round_to > 1 else "whole neurons"
+    reason = (
+        f"what is left is {wanted:,.0f} parameters: {exact:.2f} neurons of {each:,} in each of {layers} layers. "
+        f"{shape.width - exact:.2f} of {shape.width} would stay"
+        f"{_rounded(shape.width - exact, width, to)}."
+        if exact > 1e-9
+        else "nothing is left for neurons to take."
+    )
+    gone = shape.width - width
+    return Entry("ffn", exact, wanted, gone, gone * each * layers, reason)
+
+
+def _rounded(exact: float, taken: int, to: str) -> str:
+    """How a number of units became a whole one, as the end of a sentence."""
+    if abs(exact - taken) < 5e-3:
+        return ""
+    return f", rounded {'up' if taken > exact else 'down'} to {to}: {taken}"
+
+
+def _attention(
+    shape: Shape, budget: float, layers: int, whose: str, *, upwards: bool
+) -> tuple[int, dict[str, int], list[Entry]]:
+    """Parameters of a layer's attention that go for a budget, units of each axis that stay, and entries.
+
+    Args:
+        shape: the model.
+        budget: parameters of one layer.
+        layers: how many stay.
+        whose: the budget is, in words.
+        upwards: nothing else can take what rounding down leaves.
+    """
     groups = group_heads = 0
+    exact_groups = budget / shape.group_parameters if shape.group_parameters else 0.0
     if shape.group_parameters:
-        groups = min(shape.groups - 1, math.floor(budget / shape.group_parameters + 1e-9))
+        groups = min(shape.groups - 1, math.floor(exact_groups + 1e-9))
     left = budget - groups * shape.group_parameters
     # As many query heads go from every group that stays.
     step = (shape.groups - groups) * shape.head_parameters
+    exact_heads = left / step if step else 0.0
     if step:
-        exact = left / step
-        group_heads = min(shape.group_heads - 1, math.ceil(exact - 1e-9) if upwards else math.floor(exact + 1e-9))
+        rounded = math.ceil(exact_heads - 1e-9) if upwards else math.floor(exact_heads + 1e-9)
+        group_heads = min(shape.group_heads - 1, rounded)
     elif upwards and left > 1e-9 and groups < shape.groups - 1 and shape.group_parameters:
         groups += 1
     gone = groups * shape.group_parameters + group_heads * step
+    entries = []
+    if shape.group_parameters and budget > 1e-9:
+        reason = (
+            f"{whose} is {budget:,.0f} parameters of each of {layers} layers: {exact_groups:.2f} key-value groups of "
+            f"{shape.group_parameters:,} with their query heads{_whole(exact_groups, groups, shape.groups, 'group')}."
+        )
+        entries.append(_entry("kv", exact_groups, shape.group_parameters, groups, layers, reason))
+    if step and left > 1e-9:
+        whose = "what groups leave" if shape.group_parameters else whose
+        stay = shape.groups - groups
+        reason = (
+            f"{whose} is {left:,.0f} parameters of each of {layers} layers: {exact_heads:.2f} query heads of "
+            f"{shape.head_parameters:,} in each of {stay} groups"
+            f"{_whole(exact_heads, group_heads, shape.group_heads, 'query head')}."
+        )
+        entries.append(_entry("heads", exact_heads * stay, shape.head_parameters, group_heads * stay, layers, reason))
     units = {}
     if groups:
         units["kv"] = shape.groups - groups
     if group_heads:
         units["heads"] = (shape.groups - groups) * (shape.group_heads - group_heads)
-    return gone, units
+    return gone, units, entries
+
+
+def _entry(axis: str, wanted: float, each: int, taken: int, layers: int, reason: str) -> Entry:
+    """An entry for units of `each` parameters in so many layers."""
+    return Entry(axis, wanted, wanted * each * layers, taken, taken * each * layers, reason)
+
+
+def _whole(exact: float, taken: int, there: int, unit: str) -> str:
+    """How a number of layers, groups or heads became a whole one, as the end of a sentence."""
+    if taken == there - 1 and exact >= taken + 1 - 1e-9:
+        return f", and one {unit} has to stay: {taken}"
+    if taken == 0 and exact > 1e-9:
+        return ", less than one, rounded down to nothing"
+    return _rounded(exact, taken, f"whole {unit}s")

@@ -21,6 +21,9 @@ factor for each of them, folded into it (the COMP paper's mask tuning); `none` k
 aimed at other outputs.
 """
 
+_ROWS = 256
+"""Of a Gram matrix, that are copied at a time."""
+
 FORMS = {form: name for name, form in RECOVERIES.items() if form is not None}
 """Forms of the matrix-condition metric, and the recovery whose re-fit each assumes."""
 
@@ -140,3 +143,23 @@ def energy(weight: Tensor, gram: Tensor) -> float:
     """Squared output of a dense layer over all tokens, `tr(W G Wᵀ)`."""
     weight = weight.to(gram.dtype)
     return float((weight @ gram).mul_(weight).sum())
+
+
+def energy_of_kept(weight: Tensor, gram: Tensor, kept: Tensor) -> float:
+    """Squared output of a dense layer that reads some channels alone, `tr(W G_SS Wᵀ)`; to float32's precision.
+
+    Some rows of the Gram matrix are copied at a time, never all of `G_SS`; and each product of two channels, which
+    stands on both sides of its diagonal, is formed once.
+
+    Args:
+        weight: `[d_out, |S|]`.
+        gram: `[d_in, d_in]`.
+        kept: `[|S|]`.
+    """
+    weight = weight.float()
+    total = 0.0
+    for start in range(0, len(kept), _ROWS):
+        part = gram[kept[start : start + _ROWS]][:, kept[start:]].float()
+        part[:, _ROWS:] *= 2
+        total += float((weight[:, start:] @ part.T).mul_(weight[:, start : start + _ROWS]).sum(dtype=torch.float64))
+    return max(total, 0.0)

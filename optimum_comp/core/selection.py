@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from optimum_comp.core.quadratic import Elimination, Problem, eliminate, eliminate_units, optimum
-from optimum_comp.core.recovery import FORMS, energy, problem_of, recover, weight_of
+from optimum_comp.core.recovery import FORMS, energy_of_kept, problem_of, recover, weight_of
 
 
 def magnitude(weight: Tensor, gram: Tensor, generator: torch.Generator) -> Tensor:
@@ -73,16 +73,29 @@ class Reduction:
         scores: the score of every channel, or unit, before anything was removed.
         error: squared error that the removal leaves in the output, summed over tokens, compared with what the repair
             aims at.
+        unrepaired: the same error of the columns that stay as they were before the repair; `None` where the Gram
+            matrix was overwritten.
     """
 
     kept: Tensor
     weight: Tensor
     scores: Tensor
     error: float
+    unrepaired: float | None = None
 
     def relative_error(self, energy: float) -> float:
         """The part that couldn't be kept: the error over it and the energy of the repaired output."""
         return self.error / (self.error + energy) if self.error > 0 else 0.0
+
+    def relative_unrepaired_error(self, energy: float) -> float | None:
+        """What `relative_error` would be without the repair: over the same sum, so never less than that.
+
+        Above 1 where what is left is further from the aim than no output at all.
+        """
+        if self.unrepaired is None:
+            return None
+        whole = max(self.error, 0.0) + energy
+        return max(self.unrepaired, 0.0) / whole if whole > 0 else 0.0
 
 
 def reduce_channels(
@@ -115,7 +128,8 @@ def reduce_channels(
         generator: source of the `random` metric.
         cross: cross moment `[d_out, d_in]` of what the output is to gain with the inputs; `None` for nothing.
         own_share: how much of the layer's own outputs `cross` holds (see `share_own`).
-        overwrite: the Gram matrix isn't needed any more; then no second one of its size is made where one serves.
+        overwrite: the Gram matrix isn't needed any more; then no second one of its size is made where one serves,
+            and `unrepaired` can't be worked out there.
         units: channels that go together, one unit at a time; `None`: each goes alone.
 
     Raises:
@@ -132,10 +146,20 @@ def reduce_channels(
         return eliminate_units(problem, units.channels, units.classes, keep, overwrite=True)
 
     if FORMS.get(metric) == recovery:
+        is_gone = overwrite and metric == "condition_gram"
         problem = problem_of(metric, weight, gram, ridge, cross, own_share, overwrite=overwrite)
+        # What was added to the diagonal: the elimination's cost counts it, too.
+        shift = float(problem.matrix.diagonal().mean()) * ridge / (1 + ridge)
         found = eliminated(problem)
-        repaired = weight_of(metric, weight[:, found.kept], found.target)
-        return Reduction(found.kept, repaired, found.scores, found.cost)
+        plain = weight[:, found.kept]
+        repaired = weight_of(metric, plain, found.target)
+        unrepaired = None
+        if not is_gone:
+            # From the optimum on the kept channels, the error grows by the square of the way.
+            moved = found.target - (plain if metric == "condition_gram" else 1)
+            way = energy_of_kept(repaired - plain, gram, found.kept)
+            unrepaired = found.cost + way + shift * float(moved.square().sum())
+        return Reduction(found.kept, repaired, found.scores, found.cost, unrepaired)
     if metric in SCORES:
         scores = SCORES[metric](weight, gram, generator)
         if units is None:
@@ -153,4 +177,8 @@ def reduce_channels(
         aim = optimum(problem_of("condition_gram", weight, gram, ridge, cross, own_share))
     difference = aim.clone()
     difference[:, kept] -= repaired
-    return Reduction(kept, repaired, scores, energy(difference, gram))
+    change = repaired - weight[:, kept]
+    product = difference @ gram
+    crossed = 2 * float((product[:, kept] * change).sum())
+    error = float(product.mul_(difference).sum())
+    return Reduction(kept, repaired, scores, error, error + crossed + energy_of_kept(change, gram, kept))

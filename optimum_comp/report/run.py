@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from optimum_comp.beginning import Beginning
+from optimum_comp.core.allocation import Entry
 from optimum_comp.utils import format_bytes
 
 
@@ -29,12 +30,15 @@ class Decision:
         scores: importance before anything was removed along the axis, of every unit that was there then.
         relative_error: squared error that the removal leaves in the dense layer's output, compared with what the
             repair aims at, over that error and the repaired output's square: the part that couldn't be kept.
+        unrepaired_error: what it would be, over the same sum, had the units that stay been left as they were; `None`
+            where nobody has worked it out.
     """
 
     axis: str
     kept: list[int]
     scores: list[float]
     relative_error: float
+    unrepaired_error: float | None = None
 
 
 @dataclass
@@ -94,6 +98,7 @@ class CompReport:
     Attributes:
         units: kind of unit -> how many each layer had, and has now.
         matmul_dtype: what factors of matrix products were rounded to while layers ran.
+        ledger: what was to go of each kind of unit, and what did; empty where nobody has recorded it.
         seconds: wall time; of a run that was gone on with, since then.
         peak_memory_bytes: largest memory of the process so far.
         timings: seconds by kind of work.
@@ -112,6 +117,7 @@ class CompReport:
     calibration: dict[str, Any]
     versions: dict[str, str]
     matmul_dtype: str = "float32"
+    ledger: list[Entry] = field(default_factory=list)
     seconds: float = 0.0
     peak_memory_bytes: int = 0
     timings: dict[str, float] = field(default_factory=dict)
@@ -161,7 +167,9 @@ class CompReport:
     def load(cls, folder: Path) -> CompReport:
         """Read what `save` wrote."""
         data = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))
-        return cls(**{**data, "layers": [LayerReport.of(layer) for layer in data["layers"]]})
+        layers = [LayerReport.of(layer) for layer in data["layers"]]
+        ledger = [Entry(**entry) for entry in data.get("ledger", [])]
+        return cls(**{**data, "layers": layers, "ledger": ledger})
 
 
 def recorded_beginning(folder: str | Path) -> Beginning | None:

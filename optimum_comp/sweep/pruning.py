@@ -241,8 +241,8 @@ class PruningRun:
         at.cuts.append(Cut(self.family.ffn, self._left(at), {FFN: found.kept}, found.weight))
         self._commit(index, at, factors)
         squares = self._update(index, at.cuts, found, junction)
-        error = found.relative_error(squares)
-        at.decisions.append(Decision(FFN, found.kept.tolist(), found.scores.tolist(), error))
+        error, unrepaired = found.relative_error(squares), found.relative_unrepaired_error(squares)
+        at.decisions.append(Decision(FFN, found.kept.tolist(), found.scores.tolist(), error, unrepaired))
         report = LayerReport(index, at.decisions, bridged=at.is_bridged)
         self._reports.append(report)
         del found, factors
@@ -368,8 +368,8 @@ class PruningRun:
                 kinds = groups_kept(kept, counts) if axis.name == KV else {HEADS: kept}
                 heads = heads[kinds[HEADS]]
                 numbers = kept if axis.name == KV else heads
-                error = found.relative_error(squares)
-                decision = Decision(axis.name, numbers.tolist(), found.scores.tolist(), error)
+                error, unrepaired = found.relative_error(squares), found.relative_unrepaired_error(squares)
+                decision = Decision(axis.name, numbers.tolist(), found.scores.tolist(), error, unrepaired)
                 weight = moments.junction.ungained(found.weight).to("cpu", self.source.state_dtype)
                 shared.append((axis.name, kinds, weight, decision))
                 # What goes next goes from what is left: its repair is aimed already.
@@ -561,7 +561,7 @@ class PruningRun:
                 found = self._reduce(index, moments, self.keep[FFN])
                 # Everything after this sees the weight as it is saved.
                 weight = moments.junction.ungained(found.weight).to("cpu", self.source.state_dtype)
-                found = Reduction(found.kept.cpu(), weight, found.scores.cpu(), found.error)
+                found = dataclasses.replace(found, kept=found.kept.cpu(), weight=weight, scores=found.scores.cpu())
                 factors = self._with_consumer(index, moments, squares, found)
         shared = self.ranks.from_first((found, factors))
         assert shared[0] is not None
