@@ -9,14 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import IDS, SIZES, TINY_CONFIGS, need_onnx, tiny_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
+from conftest import SIZES, TINY_CONFIGS, need_onnx, tiny_model
+from transformers import AutoTokenizer, GenerationConfig
 from transformers.utils import logging as progress
 
 
 need_onnx()
 
 import onnx  # noqa: E402
+from exports import exporter, outlier_model  # noqa: E402
 from onnx import numpy_helper  # noqa: E402
 from optimum.onnxruntime import ORTConfig, ORTModelForCausalLM, ORTQuantizer  # noqa: E402
 from optimum.onnxruntime.configuration import AutoQuantizationConfig  # noqa: E402
@@ -37,41 +38,9 @@ BOUNDS = {"int8": 0.06, "int8-dynamic": 0.1, "int4": 0.3, "int4-hqq": 0.3, "int4
 TOKENS = torch.randint(3, 128, (4, 64), generator=torch.Generator().manual_seed(2))
 
 
-def outlier_model(name: str):
-    """A tiny model whose attention isn't uniform and whose keys have outliers."""
-    if name == "llama-odd":
-        # Tied, and no width that a block of 16 divides.
-        sizes = {**SIZES, "hidden_size": 40, "intermediate_size": 52, "tie_word_embeddings": True}
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, **IDS)).eval()
-    else:
-        model = tiny_model(name)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(3)
-            if "k_proj.weight" in key:
-                parameter[::16] *= 20
-            elif "k_proj.bias" in key:
-                parameter[::16] += 20
-    return model
-
-
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """Checkpoint folder, ONNX folder and report of a family, exported once."""
-    made = {}
-
-    def get(name: str):
-        if name not in made:
-            root = tmp_path_factory.mktemp(name)
-            model = outlier_model(name)
-            model.generation_config.max_new_tokens = 7
-            model.save_pretrained(root / "torch")
-            made[name] = root / "torch", root / "onnx", export_onnx(root / "torch", root / "onnx")
-        return made[name]
-
-    return get
+    return exporter(tmp_path_factory, outlier_model)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +51,7 @@ def quantized(exported, tmp_path_factory):
     def get(name: str, recipe: str):
         if (name, recipe) not in made:
             output = tmp_path_factory.mktemp(name) / recipe
-            made[name, recipe] = quantize_onnx(exported(name)[1], output, recipe=recipe, tokens=TOKENS)
+            made[name, recipe] = quantize_onnx(exported(name).folder, output, recipe=recipe, tokens=TOKENS)
         return made[name, recipe]
 
     return get
@@ -113,19 +82,19 @@ def activation_products(folder: Path) -> set[str]:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_export_computes_what_pytorch_computes(name, exported):
-    source, folder, report = exported(name)
+    folder, report = exported(name).folder, exported(name).report
     assert 0 < report.max_difference_prefill < 1e-3
     assert 0 < report.max_difference_cached < 1e-3
     assert report.size_bytes == (folder / "model.onnx").stat().st_size
     # On other tokens and another length than the export's own check.
-    expected = logits(AutoModelForCausalLM.from_pretrained(source))
+    expected = logits(exported(name).model)
     torch.testing.assert_close(logits(load_onnx(folder, threads=1)), expected, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_quantized_is_close_and_keeps_attention_in_float(name, recipe, exported, quantized):
-    _, folder, _ = exported(name)
+    folder = exported(name).folder
     report = quantized(name, recipe)
     error = relative_error(logits(load_onnx(report.output, threads=1)), logits(load_onnx(folder, threads=1)))
     assert error < BOUNDS[recipe]
@@ -137,7 +106,7 @@ def test_quantized_is_close_and_keeps_attention_in_float(name, recipe, exported,
     assert {node.name for node in graph.node if node.op_type in ("MatMul", "Gemm")} == products
     # No weight is left in float, nor there twice.
     assert not [t.name for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT and np.prod(t.dims) > 2048]
-    parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(exported(name)[0]).parameters())
+    parameters = sum(p.numel() for p in exported(name).model.parameters())
     stored = sum(len(t.raw_data) for t in graph.initializer if t.data_type in (2, 3))
     padded = recipe != "int8-dynamic" and name == "llama-odd"
     assert stored < parameters * (2 if padded else 1.05)
@@ -148,7 +117,7 @@ def test_quantized_is_close_and_keeps_attention_in_float(name, recipe, exported,
 
 def test_bound_sees_quantized_attention(exported, tmp_path):
     for name in ("llama", "qwen2"):
-        _, folder, _ = exported(name)
+        folder = exported(name).folder
         config = AutoQuantizationConfig.arm64(is_static=False, per_channel=True)
         ORTQuantizer.from_pretrained(folder).quantize(config, tmp_path / name, file_suffix=None)
         stock = logits(load_onnx(tmp_path / name, threads=1))
@@ -214,7 +183,7 @@ def test_folder_is_complete_and_runs_silently(recipe, tiny_folder, tmp_path, cap
 def test_logging_is_left_alone(exported, tmp_path):
     root = logging.getLogger()
     before = root.level, list(root.handlers), list(root.filters)
-    quantize_onnx(exported("llama")[1], tmp_path / "out")
+    quantize_onnx(exported("llama").folder, tmp_path / "out")
     assert (root.level, root.handlers, root.filters) == before
 
 
@@ -227,14 +196,14 @@ def test_half_precision_is_exported_in_float32(tmp_path):
 
 
 def test_disagreement_fails_and_leaves_nothing(exported, tmp_path):
-    source = exported("llama")[0]
+    source = exported("llama").checkpoint
     with pytest.raises(RuntimeError, match=r"differ by up to \d"):
         export_onnx(source, tmp_path / "out", tolerance=0)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_broken_graph_fails_and_leaves_nothing(exported, tmp_path):
-    shutil.copytree(exported("llama")[1], tmp_path / "broken")
+    shutil.copytree(exported("llama").folder, tmp_path / "broken")
     (tmp_path / "broken" / "model.onnx").write_bytes(b"not a graph")
     with pytest.raises(Exception, match="pars"):
         quantize_onnx(tmp_path / "broken", tmp_path / "out")
@@ -242,7 +211,7 @@ def test_broken_graph_fails_and_leaves_nothing(exported, tmp_path):
 
 
 def test_existing_output_is_kept_or_replaced(exported, tmp_path):
-    source, folder, _ = exported("opt")
+    source, folder = exported("opt").checkpoint, exported("opt").folder
     output = tmp_path / "out"
     quantize_onnx(folder, output)
     before = (output / "model.onnx").read_bytes()
@@ -258,7 +227,7 @@ def test_existing_output_is_kept_or_replaced(exported, tmp_path):
 
 
 def test_wrong_inputs_are_named(exported, quantized, tmp_path):
-    source, folder, _ = exported("llama")
+    source, folder = exported("llama").checkpoint, exported("llama").folder
     with pytest.raises(ValueError, match=r"no config\.json"):
         export_onnx(tmp_path, tmp_path / "out")
     with pytest.raises(ValueError, match=r"no model\.onnx"):
@@ -271,7 +240,7 @@ def test_wrong_inputs_are_named(exported, quantized, tmp_path):
 
 
 def test_rotary_settings_of_transformers_5_only_are_refused(exported, tmp_path):
-    shutil.copytree(exported("llama")[0], tmp_path / "five")
+    shutil.copytree(exported("llama").checkpoint, tmp_path / "five")
     path = tmp_path / "five" / "config.json"
     config = json.loads(path.read_text())
     config["rope_parameters"] = {"rope_theta": config.pop("rope_theta"), "rope_type": "default"}

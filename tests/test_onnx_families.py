@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("optimum.onnxruntime")
 
+from exports import exporter, uneven_model  # noqa: E402
 from onnx import TensorProto, helper  # noqa: E402
 from optimum.onnxruntime import ORTModelForCausalLM  # noqa: E402
 
@@ -93,27 +94,7 @@ PROMPTS = torch.randint(3, 128, (2, 11), generator=torch.Generator().manual_seed
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """Model, ONNX folder and report of a family, exported once."""
-    made = {}
-
-    def get(name: str):
-        if name not in made:
-            root = tmp_path_factory.mktemp(name)
-            kind, sizes = FAMILIES[name]
-            torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **IDS)).eval()
-            with torch.no_grad():
-                for key, parameter in model.named_parameters():
-                    # Biases that aren't zero, and attention that isn't uniform.
-                    if key.endswith("bias"):
-                        parameter.normal_(std=0.1)
-                    elif parameter.dim() == 2:
-                        parameter.mul_(3)
-            model.save_pretrained(root / "torch")
-            made[name] = model, root / "onnx", export_onnx(root / "torch", root / "onnx")
-        return made[name]
-
-    return get
+    return exporter(tmp_path_factory, lambda name: uneven_model(*FAMILIES[name]))
 
 
 @torch.no_grad()
@@ -141,10 +122,12 @@ def padded() -> torch.Tensor:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_runs_as_a_user_opens_it(name, exported, tmp_path):
-    model, folder, report = exported(name)
+    made = exported(name)
+    model, folder, report = made.model, made.folder, made.report
     assert 0 < report.max_difference_prefill < 1e-4
     assert 0 < report.max_difference_cached < 1e-4
     assert 0 < report.max_difference_generated < 1e-4
+    assert 0 < report.max_difference_padded < 1e-4
 
     opened = ORTModelForCausalLM.from_pretrained(folder)
     for settings in ({}, {"use_cache": False}, {"num_beams": 3}, {"attention_mask": padded()}):
@@ -168,7 +151,7 @@ def test_a_family_runs_as_a_user_opens_it(name, exported, tmp_path):
 
 @pytest.mark.parametrize("name", MISTAKEN)
 def test_the_class_refuses_a_graph_that_insists_on_its_shape(name, exported, tmp_path):
-    _, folder, _ = exported(name)
+    folder = exported(name).folder
     insisting = shutil.copytree(folder, tmp_path / "onnx")
     model = onnx.load(insisting / "model.onnx")
     close_cache(model.graph)
@@ -196,27 +179,8 @@ def test_export_checks_in_the_class_that_users_open(tmp_path, monkeypatch):
     assert not (tmp_path / "onnx").exists()
 
 
-def test_generation_is_compared_until_the_tokens_part():
-    logits = torch.zeros(1, 2, 3)
-    generated = torch.zeros(2, 3, 3)
-
-    def found(tokens, change=0.0, step=0):
-        changed = generated.clone()
-        changed[1, step] += change
-        return export._Found(logits, logits, changed, torch.tensor(tokens))
-
-    one = found([[1, 2, 0], [1, 2, 0]])
-    # The second sequence parts at its second token: its third step follows from another.
-    other = [[1, 2, 0], [1, 0, 2]]
-    assert export._differences(one, found(other, 5.0, step=2), 1e-3) == (0, 0, 0)
-    with pytest.raises(RuntimeError, match=r"differ by up to 5 \(generation\)"):
-        export._differences(one, found(other, 5.0, step=1), 1e-3)
-    with pytest.raises(RuntimeError, match=r"differ by up to 5 \(generation\)"):
-        export._differences(one, found([[1, 2, 0], [1, 2, 0]], 5.0, step=2), 1e-3)
-
-
 def test_graphs_are_run_with_the_cache_that_their_outputs_tell(exported):
-    model, folder, _ = exported("qwen3-wide")
+    model, folder = exported("qwen3-wide").model, exported("qwen3-wide").folder
     graph = onnx.load(folder / "model.onnx").graph
     assert set(cache_shapes(graph).values()) == {(2, 32)}
     runner = GraphRunner(folder / "model.onnx")
@@ -227,7 +191,7 @@ def test_graphs_are_run_with_the_cache_that_their_outputs_tell(exported):
 
 
 def test_4_bits_and_a_bundle_of_wide_heads(exported, tmp_path):
-    _, folder, _ = exported("llama-wide")
+    folder = exported("llama-wide").folder
     text = torch.randint(3, 128, (4, 32), generator=torch.Generator().manual_seed(2))
     quantize_onnx(folder, tmp_path / "int4", recipe="int4", tokens=text)
     write_bundle(tmp_path / "int4", tmp_path / "bundle", target="arm64", genai=False)
@@ -270,7 +234,7 @@ def test_a_past_stays_as_it_is_where_its_shape_matters(tmp_path):
 
 
 def test_weights_in_a_file_of_their_own_stay(exported, tmp_path):
-    _, folder, _ = exported("phi3-wide")
+    folder = exported("phi3-wide").folder
     model = onnx.load(folder / "model.onnx")
     close_cache(model.graph)
     onnx.save(model, tmp_path / "model.onnx", save_as_external_data=True, location="model.onnx_data", size_threshold=0)
@@ -284,7 +248,7 @@ def test_weights_in_a_file_of_their_own_stay(exported, tmp_path):
 
 
 def test_the_example_runs_a_checkpoint_with_wide_heads(exported, tmp_path):
-    model, _, _ = exported("qwen3-wide")
+    model = exported("qwen3-wide").model
     model.save_pretrained(tmp_path / "torch")
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(tmp_path / "torch")

@@ -19,6 +19,8 @@ SMALL_TENSOR = 1024
 
 QUANTIZED_OPERATORS = {"MatMulNBits", "GatherBlockQuantized", "MatMulInteger", "DequantizeLinear"}
 
+_NUMBER_BY_NUMBER = {"Add", "Cast", "Div", "Mul", "Tanh"}
+
 
 @dataclass(frozen=True)
 class DenseNode:
@@ -30,7 +32,7 @@ class DenseNode:
         inputs: name of the activation that it reads.
         shape: `(d_in, d_out)`.
         is_tied: whether it multiplies by the transposed embedding.
-        is_head: whether it makes the logits.
+        is_head: whether it makes the logits, before whatever scales, caps or shifts them.
     """
 
     name: str
@@ -67,13 +69,13 @@ def dense_nodes(graph: Any) -> list[DenseNode]:
     """The graph's multiplications by a constant matrix, in its order."""
     constant = matrices(graph)
     transposed = {node.output[0]: node.input[0] for node in transposed_matrices(graph)}
-    results = {value.name for value in graph.output}
+    head = _head(graph)
     found = []
     for node in graph.node:
         if node.op_type != "MatMul":
             continue
         inputs, weight = node.input
-        is_head = node.output[0] in results
+        is_head = node.output[0] == head
         if weight in constant:
             rows, columns = constant[weight].dims
             found.append(DenseNode(node.name, weight, inputs, (rows, columns), is_head=is_head))
@@ -81,6 +83,23 @@ def dense_nodes(graph: Any) -> list[DenseNode]:
             columns, rows = constant[transposed[weight]].dims
             found.append(DenseNode(node.name, transposed[weight], inputs, (rows, columns), True, is_head))
     return found
+
+
+def _head(graph: Any) -> str:
+    """What the head's product makes: the logits, or what becomes them number by number.
+
+    A bias (Phi), a scale (Cohere, Granite) or a cap (Gemma 2) may come after the product.
+    """
+    producers = {name: node for node in graph.node for name in node.output}
+    constant = {tensor.name for tensor in graph.initializer}
+    constant |= {node.output[0] for node in graph.node if node.op_type == "Constant"}
+    name = str(graph.output[0].name)
+    while name in producers and producers[name].op_type in _NUMBER_BY_NUMBER:
+        activations = [each for each in producers[name].input if each not in constant]
+        if len(activations) != 1:
+            break
+        name = str(activations[0])
+    return name
 
 
 def products_of_activations(graph: Any) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from optimum_comp.onnx.export import export_onnx
+from optimum_comp.onnx.parity import TOLERANCE
 from optimum_comp.onnx.runtime import require_onnxruntime
 from optimum_comp.options import Number, Option, option, options_of, settings_class
 from optimum_comp.stages.base import CHECKPOINT, ONNX, Artifact, Stage
@@ -20,7 +21,7 @@ class ExportSettings:
         Number("(0, inf)"),
         "Largest difference of a logit to PyTorch's with which an export is kept, relative to the largest logit if "
         "that is above 1.",
-        default=1e-3,
+        default=TOLERANCE,
     )
 
 
