@@ -173,6 +173,7 @@ _DECISION: dict[str, Check] = {
     "kept": _list_of(_integer(0)),
     "scores": _list_of(_is_real),
     "relative_error": _is_real,
+    "unrepaired_error": _or_none(_is_real),
 }
 _REPORT: dict[str, Check] = {
     "index": _integer(0),
