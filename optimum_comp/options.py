@@ -23,6 +23,8 @@ from typing_extensions import dataclass_transform
 T = TypeVar("T")
 
 _WIDTH = 119
+_SHOWN = 80
+_SIZE = r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*([kmgt]?i?)b?\s*"
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
@@ -47,12 +49,19 @@ class Kind(Protocol):
         ...
 
 
+def shown(value: Any) -> str:
+    """A value as an error names it: not too long."""
+    try:
+        text = repr(value)
+    except ValueError:
+        # Python writes no integer of more than some thousand digits.
+        text = f"a {type(value).__name__} that is too long to be written"
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+
+
 def refuse(field: str, value: Any, allowed: str) -> ValueError:
     """The error that says what a field may be."""
-    shown = repr(value)
-    return ValueError(
-        f"{field}={shown if len(shown) <= 80 else shown[:77] + '...'} is not valid: {field} must be {allowed}."
-    )
+    return ValueError(f"{field}={shown(value)} is not valid: {field} must be {allowed}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +81,10 @@ class Number:
         allowed = f"a number in {self.interval}" if math.isfinite(high) else f"a number above {low:g}"
         if isinstance(value, bool) or not isinstance(value, Real):
             raise refuse(field, value, allowed)
-        number = float(value)
+        try:
+            number = float(value)
+        except OverflowError:
+            raise refuse(field, value, allowed) from None
         too_low = number <= low if self.interval[0] == "(" else number < low
         too_high = number >= high if self.interval[-1] == ")" else number > high
         if math.isnan(number) or too_low or too_high:
@@ -254,11 +266,10 @@ class Size:
     def check(self, field: str, value: Any) -> int:
         """See `Kind`."""
         is_known = isinstance(value, (str, Integral)) and not isinstance(value, bool)
-        found = (
-            re.fullmatch(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*([kmgt]?i?)b?\s*", str(value).lower()) if is_known else None
-        )
+        text = value if isinstance(value, str) else shown(value)
+        found = re.fullmatch(_SIZE, text.lower()) if is_known else None
         if not found or found[2] not in _UNITS or int(float(found[1]) * _UNITS[found[2]]) < 1:
-            raise ValueError(f"{field}={value!r} is not valid: give a size like 4GB or 1.5GiB.")
+            raise ValueError(f"{field}={shown(value)} is not valid: give a size like 4GB or 1.5GiB.")
         return int(float(found[1]) * _UNITS[found[2]])
 
     def parse(self, text: str) -> Any:
@@ -359,7 +370,7 @@ def from_mapping(cls: Callable[..., T], given: Any, what: str, known: Iterable[s
     if given is None:
         given = {}
     if not isinstance(given, Mapping):
-        raise ValueError(f"{what} must hold settings by name, not {given!r:.80}.")
+        raise ValueError(f"{what} must hold settings by name, not {shown(given)}.")
     require_known(given, known, what)
     try:
         return cls(**given)
@@ -376,9 +387,9 @@ def require_known(given: Iterable[Any], known: Iterable[str], what: str) -> None
     names = list(known)
     for name in given:
         if name not in names:
-            guess = difflib.get_close_matches(str(name), names, n=1)
+            guess = difflib.get_close_matches(shown(name).strip("'"), names, n=1)
             hint = f" Did you mean {guess[0]!r}?" if guess else ""
-            raise ValueError(f"{what} has no field {str(name)[:80]!r}.{hint} Fields: {', '.join(names)}.")
+            raise ValueError(f"{what} has no field {shown(name)}.{hint} Fields: {', '.join(names)}.")
 
 
 def signature_defaults(function: Callable[..., Any], names: Iterable[str]) -> dict[str, Any]:

@@ -12,9 +12,16 @@ FUZZ = Path(__file__).parent / "fuzz"
 sys.path.insert(0, str(FUZZ))
 
 import fuzz_journal  # noqa: E402
+import fuzz_recipe  # noqa: E402
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in (FUZZ / "corpus" / "journal").iterdir()))
-def test_journal_corpus(name, tmp_path):
-    read = fuzz_journal.check((FUZZ / "corpus" / "journal" / name).read_bytes(), tmp_path)
-    assert read == name.startswith("read-")
+@pytest.mark.parametrize(
+    ("target", "path"),
+    [
+        pytest.param(target, path, id=f"{path.parent.name}-{path.name}")
+        for target in (fuzz_journal, fuzz_recipe)
+        for path in sorted((FUZZ / "corpus" / target.__name__.removeprefix("fuzz_")).iterdir())
+    ],
+)
+def test_corpus(target, path, tmp_path):
+    assert target.check(path.read_bytes(), tmp_path) == path.name.startswith("read-")

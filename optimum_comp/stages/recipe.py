@@ -13,7 +13,7 @@ import yaml
 
 from optimum_comp.evaluation import Settings
 from optimum_comp.files import durably
-from optimum_comp.options import Option, Text, defaults_of, from_mapping, options_of, require_known
+from optimum_comp.options import Option, Text, defaults_of, from_mapping, options_of, require_known, shown
 from optimum_comp.stages.base import CHECKPOINT, Stage
 from optimum_comp.stages.bundle import Bundle
 from optimum_comp.stages.export import Export
@@ -76,13 +76,13 @@ class Recipe:
             raise ValueError(f"{what} must be a mapping with the fields {', '.join(_KNOWN)}.")
         require_known(data, _KNOWN, what)
         if data.get("recipe", FORMAT) is not FORMAT and data["recipe"] != FORMAT:
-            raise ValueError(f"{what}: recipe={data['recipe']!r:.80} is not valid: this version reads {FORMAT}.")
+            raise ValueError(f"{what}: recipe={shown(data['recipe'])} is not valid: this version reads {FORMAT}.")
         model = data.get("model")
         if model is not None:
             model = Text("a folder or a hub id").check(f"{what}: model", model)
         description = data.get("description", "")
         if not isinstance(description, str):
-            raise ValueError(f"{what}: description={description!r:.80} is not valid: description must be text.")
+            raise ValueError(f"{what}: description={shown(description)} is not valid: description must be text.")
         loading = _loading(data.get("loading"), what)
         stages = tuple(_stages(data.get("stages"), what))
         measure = None
@@ -250,21 +250,27 @@ _KINDS = {"checkpoint": "a checkpoint", "onnx": "an ONNX graph (export)", "bundl
 
 def _only(each: Any, what: str) -> tuple[str, Any]:
     if not isinstance(each, Mapping) or len(each) != 1:
-        raise ValueError(f"{what}: {each!r:.80} is no stage: write `- NAME` or `- NAME: {{SETTING: VALUE}}`.")
+        raise ValueError(f"{what}: {shown(each)} is no stage: write `- NAME` or `- NAME: {{SETTING: VALUE}}`.")
     ((name, settings),) = each.items()
     return str(name), settings
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain data; a key that is there twice is refused."""
+    """Plain data; a key that is there twice is refused, and so are aliases: a little text of them is endless data."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) aren't read", mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         seen = set()
         for key, _ in node.value:
             name = self.construct_object(key, deep=True)
             if not isinstance(name, str):
-                raise yaml.constructor.ConstructorError(None, None, f"{name!r:.80} is no name", key.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"{shown(name)} is no name", key.start_mark)
             if name in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{name!r:.80} is there twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"{shown(name)} is there twice", key.start_mark)
             seen.add(name)
         return super().construct_mapping(node, deep)
