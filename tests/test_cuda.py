@@ -1,7 +1,7 @@
 """What only a GPU shows: layers in half precision, its random numbers, its place among several processes.
 
-Skipped without a CUDA device: then this isn't watched, and `device_of`'s table (test_distributed.py) and half precision
-on the CPU (test_equalization.py) stand for it.
+Skipped without a CUDA device: then this isn't watched, and the table of `device_of` (test_distributed.py) and half
+precision on the CPU (test_equalization.py) stand for it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ SETTINGS = {"sparsity": 0.3, "num_samples": 8, "sequence_length": 32, "round_to"
 def pruned(folder: Path, output: Path, device: str, **settings):
     """The pruned model in float32 on the CPU, and the report."""
     pruner = CompPruner.from_pretrained(folder, device=device)
-    report = pruner.prune(CompConfig(**SETTINGS, **settings), tiny_blocks(8, 32), output=output)
+    exact = {"matmul_dtype": "float32"} if device == "cpu" else {}
+    report = pruner.prune(CompConfig(**SETTINGS, **settings), tiny_blocks(8, 32), output=output, **exact)
     return AutoModelForCausalLM.from_pretrained(output).float().eval(), report
 
 
@@ -61,10 +62,12 @@ def test_equalization_changes_nothing_in_any_precision(name, dtype, tmp_path):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_gpu_prunes_as_the_cpu_does(name, tmp_path):
     folder = save(name, tmp_path / "dense", torch.float32)
-    on_gpu, report = pruned(folder, tmp_path / "gpu", "cuda", attention_fraction=0.0)
-    on_cpu, expected = pruned(folder, tmp_path / "cpu", "cpu", attention_fraction=0.0)
-    same = [one.kept == other.kept for one, other in zip(report.layers, expected.layers, strict=True)]
-    assert all(same) and difference(on_gpu, on_cpu) < 1e-2
+    on_gpu, report = pruned(folder, tmp_path / "gpu", "cuda")
+    on_cpu, expected = pruned(folder, tmp_path / "cpu", "cpu")
+    # Sums of float32 in another order: one of two neurons that are worth the same may stay in place of the other.
+    for one, other in zip(report.layers, expected.layers, strict=True):
+        assert len(set(one.kept) ^ set(other.kept)) <= 2
+    assert difference(on_gpu, on_cpu) < 1e-3
 
 
 def test_writing_calibration_text_leaves_the_gpus_random_numbers_alone(tmp_path):

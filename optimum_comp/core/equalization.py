@@ -112,13 +112,14 @@ def room_of(weight: Tensor) -> Room:
     kind = torch.finfo(weight.dtype)
     # In exponents of two: the smallest step between values, and what all values are below.
     step, top = round(math.log2(kind.tiny * kind.eps)), math.frexp(kind.max)[1]
+    digits_of, none_down, none_up = torch.tensor((_DIGITS, -_RANGE, top - _RANGE), device=weight.device)
     least, most = [], []
     for rows in weight.split(max(1, _VALUES_AT_A_TIME // max(1, weight.shape[1]))):
         mantissas, exponents = torch.frexp(rows.double())
         # As an integer, whose lowest set bit is the last one that counts.
-        digits = torch.ldexp(mantissas, torch.tensor(_DIGITS)).to(torch.int64)
+        digits = torch.ldexp(mantissas, digits_of).to(torch.int64)
         _, places = torch.frexp((digits & -digits).double())
         last, used = exponents - _DIGITS + places - 1, digits != 0
-        least.append((step - last).where(used, torch.tensor(-_RANGE)).amax(1))
-        most.append(top - exponents.where(used, torch.tensor(top - _RANGE)).amax(1))
+        least.append((step - last).where(used, none_down).amax(1))
+        most.append(top - exponents.where(used, none_up).amax(1))
     return torch.cat(least).clamp(-_RANGE, 0).double(), torch.cat(most).clamp(0, _RANGE).double()
