@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -29,13 +28,14 @@ from optimum_comp.core.allocation import Allocation, allocate
 from optimum_comp.families import FFN, HEADS, KV, LAYERS, family_of, renumber
 from optimum_comp.families.check import check_family, check_plan, check_result, shape_of, units_after
 from optimum_comp.families.cutting import apply_to_config
-from optimum_comp.files import JOURNAL, atomic_folder, check_folder, check_model, hold
+from optimum_comp.files import atomic_folder, check_model
 from optimum_comp.options import parse_bytes
 from optimum_comp.report.run import CompReport, library_versions
 from optimum_comp.scratch import make_scratch
-from optimum_comp.strict_json import parse_object
+from optimum_comp.strict_json import plain_object
+from optimum_comp.sweep.destination import Destination
 from optimum_comp.sweep.entries import ARGUMENTS, PERMISSIONS
-from optimum_comp.sweep.journal import Journal, is_complete, leave_nothing
+from optimum_comp.sweep.journal import Journal
 from optimum_comp.sweep.memory import (
     MemoryPlan,
     Workload,
@@ -244,62 +244,51 @@ class CompPruner:
                 an unfinished run that was made otherwise.
             FileExistsError: `output` is there already.
             FloatingPointError: activations that are NaN or infinite; names the layer.
-            OSError: no space left; the run can be gone on with.
+            OSError: no space left (then the run can be gone on with), `output` can't be written, or another process
+                is at work in it.
         """
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size={batch_size!r} is not valid: it must be an integer >= 1.")
         if self.report is not None or self._interrupted:
             raise RuntimeError("this model has been pruned already; load it again with CompPruner.from_pretrained.")
-        self._record = _as_json(record)
+        self._record = None if record is None else plain_object(record, "record")
         limit = None if max_memory is None else parse_bytes(max_memory)
         products = find_matmul_dtype(matmul_dtype, self._source)
         folder = None if output is None else Path(output)
         if resume and folder is None:
             raise ValueError("resume needs the output folder of the run that is to be gone on with.")
-        with self._alone(folder, resume=resume, overwrite=overwrite):
-            return self._prune(
-                config,
-                calibration,
-                folder,
-                text_column,
-                batch_size,
-                limit,
-                matmul_dtype,
-                products,
-                max_shard_size,
-                overwrite=overwrite,
-                resume=resume,
-            )
+        arguments = (config, calibration, text_column, batch_size, limit, matmul_dtype, products, max_shard_size)
+        if folder is None:
+            return self._prune(None, *arguments)
+        in_place = not self._source.is_resident
+        destination = Destination(folder, self._ranks, self._sources, in_place, overwrite, resume)
+        with destination.alone():
+            return self._prune(destination, *arguments)
 
     def _prune(
         self,
+        destination: Destination | None,
         config: CompConfig | None,
         calibration: CalibrationSource | None,
-        folder: Path | None,
         text_column: str | None,
         batch_size: int | None,
         limit: int | None,
         matmul_dtype: str,
         products: torch.dtype,
         max_shard_size: int | str,
-        *,
-        overwrite: bool,
-        resume: bool,
     ) -> CompReport:
-        unfinished = self._unfinished(folder, resume=resume, overwrite=overwrite)
-        if unfinished is not None:
-            config = unfinished.config(config)
-            self._record = self._record or unfinished.identity
-            if unfinished.is_finishing:
-                # All layers are done, and the result has only to be put in its place.
-                if self._ranks.is_first:
+        folder = unfinished = None
+        if destination is not None:
+            folder, unfinished = destination.folder, destination.unfinished()
+            if unfinished is not None:
+                config = unfinished.config(config)
+                self._record = unfinished.identity if self._record is None else self._record
+                if unfinished.is_finishing and self._ranks.is_first:
+                    # All layers are done, and the result has only to be put in its place.
                     unfinished.publish()
-                self._end(unfinished.output)
-        if folder is not None and resume:
-            complete = self._take_over(folder, config) if self._ranks.is_first and is_complete(folder) else None
-            self.report = self._ranks.from_first(complete)
-            if self.report is not None:
-                self.config, self._folder = config or CompConfig.from_pretrained(folder), folder
+            complete = destination.finished(config)
+            if complete is not None:
+                (self.report, self.config), self._folder = complete, folder
                 return self.report
         config = CompConfig() if config is None else CompConfig(**config.fields())
         allocation = self.plan(config)
@@ -351,7 +340,7 @@ class CompPruner:
             self._shrink(pruned, allocation)
             self.report = self._report(config, allocation, samples, products, pruned, before, after)
             self.config = config
-            self._finish(folder, place, journal, max_shard_size, overwrite=overwrite)
+            self._finish(destination, place, journal, max_shard_size)
         self.report.seconds = time.perf_counter() - started
         self.report.peak_memory_bytes = peak_memory_bytes()
         self.report.timings = {kind: round(seconds, 3) for kind, seconds in run.clock.seconds.items()}
@@ -362,51 +351,6 @@ class CompPruner:
         )
         self._interrupted = False
         return self.report
-
-    @contextlib.contextmanager
-    def _alone(self, folder: Path | None, *, resume: bool, overwrite: bool) -> Iterator[None]:
-        """Keep other processes out of the output folder while this one is at work in it."""
-        if folder is None or not self._ranks.is_first or (resume and is_complete(folder)):
-            yield
-            return
-        # What can't be used isn't touched.
-        self._look(folder, resume=resume, overwrite=overwrite)
-        with hold(folder):
-            if not self._source.is_resident:
-                yield
-                return
-        # A model in memory takes the folder's place when it is done.
-        yield
-
-    def _look(self, folder: Path, *, resume: bool, overwrite: bool) -> Journal | None:
-        """The run to go on with, if there is one; and whether the output folder may be used, said now."""
-        if resume and ((folder / JOURNAL).is_file() or is_complete(folder)):
-            return Journal.find(folder)
-        in_place = not self._source.is_resident
-        check_folder(folder, overwrite=overwrite, sources=self._sources, in_place=in_place)
-        return None
-
-    def _unfinished(self, folder: Path | None, *, resume: bool, overwrite: bool) -> Journal | None:
-        """What the first process finds: another may be on a machine that doesn't see the folder."""
-        if folder is None:
-            return None
-        found = self._look(folder, resume=resume, overwrite=overwrite) if self._ranks.is_first else None
-        state = self._ranks.from_first(None if found is None else found.state)
-        return None if state is None else Journal(folder, state)
-
-    def _end(self, folder: Path | None) -> None:
-        """Wait until the result is in its place; then nothing is left on any process's disk."""
-        self._ranks.wait()
-        if folder is not None and not self._ranks.is_first:
-            leave_nothing(folder)
-
-    def _take_over(self, folder: Path, config: CompConfig | None) -> CompReport:
-        """The report of a finished model that is in the output folder already."""
-        stored = CompConfig.from_pretrained(folder)
-        if config is not None and config.fields() != stored.fields():
-            raise FileExistsError(f"{folder} holds a finished model that was made otherwise; replace it: --overwrite.")
-        logger.info("%s is complete.", folder)
-        return CompReport.load(folder)
 
     @torch.no_grad()
     def sample(
@@ -600,12 +544,10 @@ class CompPruner:
 
     def _finish(
         self,
-        folder: Path | None,
+        destination: Destination | None,
         place: Path | None,
         journal: Journal | None,
         max_shard_size: int | str,
-        *,
-        overwrite: bool,
     ) -> None:
         """Make a model of what the loop left: in the output folder, in a temporary one, or in memory."""
         if isinstance(self._source, StreamedModel) and place is not None:
@@ -622,10 +564,11 @@ class CompPruner:
                 else:
                     for part in parts:
                         part.unlink()
-            self._folder = made if folder is None else folder
-            self._end(folder)
-        elif folder is not None:
-            self._save(folder, max_shard_size, overwrite=overwrite)
+            self._folder = made if destination is None else destination.folder
+            if destination is not None:
+                destination.end()
+        elif destination is not None:
+            self._save(destination.folder, max_shard_size, overwrite=destination.overwrite)
 
     def _fill(self, folder: Path, parts: Sequence[Path], max_shard_size: int | str) -> None:
         report, config = self._finished()
@@ -724,22 +667,6 @@ class CompPruner:
 def _sizes(counts: dict[str, int]) -> str:
     heads = f", {counts[HEADS]} heads, {counts[KV]} key-value heads" if HEADS in counts else ""
     return f"{counts[FFN]} neurons{heads}"
-
-
-def _as_json(record: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """A record as it will be read from its file.
-
-    Raises:
-        ValueError: it holds what JSON can't.
-    """
-    if record is None:
-        return None
-    try:
-        return parse_object(json.dumps(dict(record)).encode())
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"record={record!r} is not valid: it must be a dictionary that JSON can hold ({error})."
-        ) from error
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

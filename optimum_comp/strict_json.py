@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -41,6 +42,24 @@ def parse_object(data: bytes) -> dict[str, Any]:
         raise ValueError(f"it holds {type(found).__name__} where an object is wanted")
     _require_shallow(found)
     return found
+
+
+def plain_object(given: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """An object as it will be read from its file.
+
+    Args:
+        given: its entries.
+        name: what it is called, for errors.
+
+    Raises:
+        ValueError: it can't be written, or not read again.
+    """
+    try:
+        return parse_object(json.dumps(dict(given)).encode())
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{name}={given!r} is not valid: it must be a dictionary that JSON can hold ({error})."
+        ) from error
 
 
 def _require_shallow(found: Any) -> None:
