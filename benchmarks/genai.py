@@ -176,7 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, type=Path, help="the dense checkpoint")
     parser.add_argument("--pruned", type=Path, help="the checkpoint to compress; the dense one if not given")
-    parser.add_argument("--python", type=Path, help="of an environment with GenAI [$COMP_GENAI_PYTHON]")
+    parser.add_argument("--python", type=Path, help="of an environment with GenAI [$COMP_GENAI_PYTHON, or this one]")
     parser.add_argument("--recipe", nargs="*", default=["int8"], help="of the bundles")
     parser.add_argument("--calibration", default=PYDOC, help="text for recipes that round with text")
     parser.add_argument("--text", default=PYDOC)

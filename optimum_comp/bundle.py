@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from optimum_comp import __version__
@@ -52,7 +52,12 @@ EXTERNAL_DATA_BYTES = 100_000_000
 """Size of a graph with its weights above which these get a file of their own, for a phone to map into memory."""
 
 _TRIAL_TEXT, _TRIAL_TOKENS = "The capital of France is", 8
-_DISTRIBUTIONS = ("optimum", "optimum-onnx", "transformers", "torch", "onnx", "onnxruntime")
+
+_MODULES = ("optimum", "transformers", "torch", "onnx", "onnxruntime")
+"""What a bundle depends on, as it is imported: `onnxruntime` is there from one of several distributions."""
+
+_MANIFEST_BYTES = 10_000_000
+"""A manifest has some hundred bytes a file; more isn't read."""
 
 
 class BundleError(ValueError):
@@ -124,7 +129,7 @@ def write_bundle(
         checkpoint: the float checkpoint that was exported and quantized.
         genai: whether to make the fused graph; `None` makes it if there are checkpoint, environment and a recipe that
             stores all weights in blocks.
-        genai_python: interpreter of an environment with ONNX Runtime GenAI; `None` takes `COMP_GENAI_PYTHON`.
+        genai_python: interpreter of an environment with ONNX Runtime GenAI; see `find_environment`.
         external_data_bytes: size above which weights get a file of their own. With a fused graph they always do.
         overwrite: replace a bundle or a model that is in `output`.
         record: what the output is to be known by; one of the bundle's files.
@@ -192,42 +197,117 @@ def verify_bundle(folder: str | Path) -> BundleReport:
             names it.
     """
     folder = Path(folder)
-    path = folder / MANIFEST
-    if not path.is_file():
+    if not (folder / MANIFEST).is_file():
         raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}.")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        version, listed = manifest["format_version"], {entry["path"]: entry for entry in manifest["files"]}
-        if manifest["format"] != FORMAT:
-            raise BundleError(f"{path} is not of the format {FORMAT}.")
-        if version != FORMAT_VERSION:
-            raise BundleError(f"{path} has format version {version}; this package reads {FORMAT_VERSION}.")
-        for name, entry in listed.items():
-            _check_file(folder, name, entry["bytes"], entry["sha256"])
-        report = BundleReport(
-            folder,
-            manifest["target"],
-            manifest["recipe"].get("name"),
-            {name: entry["bytes"] for name, entry in listed.items()},
-            manifest["genai"]["graph"],
-            manifest["genai"]["agrees"],
-            manifest["notes"],
-        )
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise BundleError(f"{path} is damaged: {error!r}.") from error
-    if report.size_bytes != manifest.get("total_bytes"):
-        raise BundleError(f"{path} is damaged: its files have {report.size_bytes} bytes, not total_bytes.")
-    unlisted = sorted(set(_sizes(folder)) - set(listed))
-    if unlisted:
-        raise BundleError(f"{folder / unlisted[0]} is not in the manifest.")
+    report, digests = _read_manifest(folder)
+    for name, size in report.files.items():
+        path = folder / name
+        try:
+            _check_file(folder, path, size, digests[name])
+        # Of a name that is too long for the file system, for one.
+        except OSError as error:
+            raise BundleError(f"{path} can't be read: {error.strerror}.") from error
+    for path in sorted(folder.rglob("*")):
+        _check_inside(folder, path)
+        name = path.relative_to(folder).as_posix()
+        if not path.is_dir() and name not in report.files and name != MANIFEST:
+            raise BundleError(f"{path} is not in the manifest.")
     return report
 
 
-def _check_file(folder: Path, name: str, size: int, digest: str) -> None:
-    parts = PurePosixPath(name)
-    if parts.is_absolute() or ".." in parts.parts or "\\" in name:
-        raise BundleError(f"{folder / MANIFEST} names {name!r}, which is not in the bundle.")
-    path = folder / parts
+def _read_manifest(folder: Path) -> tuple[BundleReport, dict[str, str]]:
+    """What a bundle holds by its manifest, and path in the folder -> SHA-256 as the manifest says.
+
+    Raises:
+        BundleError: it isn't one that this version reads; says why.
+    """
+    path = folder / MANIFEST
+    try:
+        _check_inside(folder, path)
+        if path.stat().st_size > _MANIFEST_BYTES:
+            raise ValueError(f"it has more than {format_bytes(_MANIFEST_BYTES)}.")
+        manifest = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        if _entry(manifest, "format", str) != FORMAT:
+            raise BundleError(f"{path} is not of the format {FORMAT}.")
+        version = _entry(manifest, "format_version", int)
+        if version != FORMAT_VERSION:
+            raise BundleError(f"{path} has format version {version}; this package reads {FORMAT_VERSION}.")
+        sizes: dict[str, int] = {}
+        digests: dict[str, str] = {}
+        for entry in _entry(manifest, "files", list):
+            name = _entry(entry, "path", str)
+            if not _is_inside(name):
+                raise BundleError(f"{path} names {name!r}, which is not in the bundle.")
+            if name in sizes:
+                raise ValueError(f"it names {name!r} twice.")
+            sizes[name], digests[name] = _entry(entry, "bytes", int), _entry(entry, "sha256", str)
+        if sum(sizes.values()) != _entry(manifest, "total_bytes", int):
+            raise ValueError(f"its files have {sum(sizes.values())} bytes, not total_bytes.")
+        recipe, genai = _entry(manifest, "recipe", dict), _entry(manifest, "genai", dict)
+        notes = _entry(manifest, "notes", list)
+        if not all(isinstance(note, str) for note in notes):
+            raise ValueError("its notes aren't all texts.")
+        report = BundleReport(
+            folder,
+            _entry(manifest, "target", str),
+            _entry(recipe, "name", str, type(None)) if "name" in recipe else None,
+            sizes,
+            _entry(genai, "graph", str),
+            _entry(genai, "agrees", bool, type(None)),
+            notes,
+        )
+    except BundleError:
+        raise
+    # What isn't UTF-8 or JSON, whole numbers of thousands of digits, lists in lists without end.
+    except (ValueError, RecursionError, OSError) as error:
+        raise BundleError(f"{path} is damaged: {error}") from error
+    if report.genai_graph not in sizes:
+        raise BundleError(f"{path} is damaged: {report.genai_graph!r}, which GenAI runs, is not among its files.")
+    return report, digests
+
+
+def _entry(mapping: Any, key: str, *kinds: type) -> Any:
+    """An entry of what was read from JSON, of one of the kinds that are asked for.
+
+    Raises:
+        ValueError: there is none, or it is something else.
+    """
+    if not isinstance(mapping, dict):
+        raise ValueError(f"there is {type(mapping).__name__} where an object with {key!r} has to be.")
+    if key not in mapping:
+        raise ValueError(f"it has no {key!r} where there has to be one.")
+    # `True` is an int to isinstance.
+    if type(mapping[key]) not in kinds:
+        wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise ValueError(f"{key!r} is {type(mapping[key]).__name__}, not {wanted}.")
+    return mapping[key]
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"it holds {name}, which isn't JSON.")
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name is the plain relative path, on any system, of something in the bundle."""
+    parts = name.split("/")
+    plain = all(part not in ("", ".", "..") for part in parts)
+    # A colon makes a drive or a stream on Windows; what doesn't print is no name of ours, and may not be one at all.
+    return plain and name.isprintable() and not set(name) & {"\\", ":"}
+
+
+def _check_inside(folder: Path, path: Path) -> None:
+    is_link = path.is_symlink()
+    try:
+        inside = path.resolve(strict=is_link).is_relative_to(folder.resolve())
+    # A link to nothing, or to itself.
+    except (OSError, RuntimeError):
+        inside = False
+    if not inside:
+        raise BundleError(f"{path} is a link to what is not in the bundle.")
+
+
+def _check_file(folder: Path, path: Path, size: int, digest: str) -> None:
+    _check_inside(folder, path)
     if not path.is_file():
         raise BundleError(f"{path} is missing.")
     if path.stat().st_size != size:
@@ -349,8 +429,7 @@ def _write_manifest(
     sizes = _sizes(folder)
     files = [{"path": name, "bytes": size, "sha256": _sha256(folder / name)} for name, size in sizes.items()]
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    versions = {"optimum-comp": __version__}
-    versions |= {name: importlib.metadata.version(name) for name in _DISTRIBUTIONS}
+    versions = _versions()
     if environment is not None:
         versions["onnxruntime-genai"] = environment.versions["onnxruntime-genai"]
     manifest = {
@@ -366,6 +445,13 @@ def _write_manifest(
         "versions": versions,
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _versions() -> dict[str, str]:
+    """Distribution -> version of this package and of what is installed of the modules that it stands on."""
+    providers = importlib.metadata.packages_distributions()
+    names = sorted({name for module in _MODULES for name in providers.get(module, ())})
+    return {name: importlib.metadata.version(name) for name in names} | {"optimum-comp": __version__}
 
 
 def _sizes(folder: Path) -> dict[str, int]:
@@ -466,7 +552,7 @@ print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_t
 
 ## Python, ONNX Runtime GenAI
 
-`pip install 'onnxruntime-genai>=0.18'`. GenAI runs `@GRAPH@`.
+`pip install 'onnxruntime-genai>=0.15'`. GenAI runs `@GRAPH@`.
 
 ```python
 import onnxruntime_genai as genai

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -12,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import IDS, SIZES, need_onnx, tiny_model, tiny_tokenizer
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
@@ -21,6 +26,8 @@ need_onnx()
 import onnx  # noqa: E402
 from optimum.onnxruntime import ORTModelForCausalLM  # noqa: E402
 
+import optimum_comp  # noqa: E402
+from optimum_comp import bundle as bundle_module  # noqa: E402
 from optimum_comp.bundle import FUSED_NAME, MANIFEST, BundleError, verify_bundle, write_bundle  # noqa: E402
 from optimum_comp.onnx.export import export_onnx  # noqa: E402
 from optimum_comp.onnx.fused import build_genai  # noqa: E402
@@ -39,20 +46,22 @@ from optimum_comp.onnx.runtime import load_onnx  # noqa: E402
 
 
 TEXT = "Hello  world\n\n  def f(x):\treturn 'é漢😀'\n"
-GENAI_PYTHON = os.environ.get(ENVIRONMENT_VARIABLE)
-needs_genai = pytest.mark.skipif(not GENAI_PYTHON, reason=f"{ENVIRONMENT_VARIABLE} is not set")
+ENVIRONMENT = find_environment()
+needs_genai = pytest.mark.skipif(
+    ENVIRONMENT is None, reason=f"onnxruntime-genai isn't installed, and {ENVIRONMENT_VARIABLE} names no environment"
+)
 
 
 @pytest.fixture(autouse=True)
 def without_environment(request, monkeypatch):
     """Only tests that ask for GenAI's environment see it."""
     if "environment" not in request.fixturenames:
-        monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+        monkeypatch.setenv(ENVIRONMENT_VARIABLE, "")
 
 
 @pytest.fixture(scope="module")
 def environment():
-    return find_environment(GENAI_PYTHON)
+    return ENVIRONMENT
 
 
 def byte_level_tokenizer(decoder=None) -> PreTrainedTokenizerFast:
@@ -177,25 +186,214 @@ def damage_manifest(folder: Path, change):
     path.write_text(json.dumps(manifest))
 
 
+def raw(content: bytes):
+    return lambda folder: (folder / MANIFEST).write_bytes(content)
+
+
+def set_to(key: str, value):
+    return lambda folder: damage_manifest(folder, lambda manifest: manifest.update({key: value}))
+
+
+def set_in(part: str, key: str, value):
+    return lambda folder: damage_manifest(folder, lambda manifest: manifest[part].update({key: value}))
+
+
+def without(key: str):
+    return lambda folder: damage_manifest(folder, lambda manifest: manifest.pop(key))
+
+
+def first_file(**changes):
+    return lambda folder: damage_manifest(folder, lambda manifest: manifest["files"][0].update(changes))
+
+
+def name_twice(folder: Path):
+    damage_manifest(folder, lambda manifest: manifest["files"].append(manifest["files"][0]))
+
+
+def link_outside(name: str):
+    def damage(folder: Path):
+        moved = (folder / name).rename(folder.with_name("outside"))
+        (folder / name).symlink_to(moved)
+
+    return damage
+
+
+def link(name: str, target: str):
+    return lambda folder: (folder / name).symlink_to(target)
+
+
+DAMAGED = rf"{re.escape(MANIFEST)} is damaged: "
+NOT_INSIDE = rf"{re.escape(MANIFEST)} names .* not in the bundle"
+OUTSIDE = [
+    "../x",
+    "a/../../x",
+    "/etc/hostname",
+    "//host/x",
+    "..\\x",
+    "\\\\host\\x",
+    "C:/x",
+    "c:x",
+    "model.onnx:stream",
+]
+OUTSIDE += ["", ".", "./config.json", "a//b", "a/", "x\0y", "x\ny", "\ud800"]
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (damage_size, r"model\.onnx has \d+ bytes; the manifest says \d+"),
         (lambda f: (f / "config.json").unlink(), r"config\.json is missing"),
         (lambda f: (f / "stranger.bin").write_bytes(b""), r"stranger\.bin is not in the manifest"),
+        (lambda f: os.mkfifo(f / "pipe"), "pipe is not in the manifest"),
         (lambda f: (f / MANIFEST).unlink(), "is not a bundle"),
-        (lambda f: (f / MANIFEST).write_text("{"), "is damaged"),
-        (lambda f: (f / MANIFEST).write_text("[]"), "is damaged"),
-        (lambda f: damage_manifest(f, lambda m: m.update(format_version=2)), "format version 2"),
-        (lambda f: damage_manifest(f, lambda m: m.update(total_bytes=1)), "total_bytes"),
-        (lambda f: damage_manifest(f, lambda m: m["files"][0].update(path="../x")), "not in the bundle"),
+        (raw(b""), DAMAGED),
+        (raw(b"{"), DAMAGED),
+        (raw(b"[]"), DAMAGED),
+        (raw(b"null"), DAMAGED),
+        (raw(b'"text"'), DAMAGED),
+        (raw(b"\xff\xfe{}"), DAMAGED),
+        (raw(b"[" * 200_000), DAMAGED),
+        (raw(b'{"format":' * 100_000), DAMAGED),
+        (raw(b'{"format_version": NaN}'), DAMAGED + "it holds NaN"),
+        (raw(b'{"format_version": -Infinity}'), DAMAGED + "it holds -Infinity"),
+        (raw(b'{"format_version": ' + b"9" * 5000 + b"}"), DAMAGED),
+        (raw(b" " * 10_000_001), DAMAGED + "it has more than"),
+        (set_to("format", "another"), "is not of the format"),
+        (set_to("format", None), DAMAGED + "'format' is NoneType"),
+        (set_to("format_version", 2), "format version 2"),
+        (set_to("format_version", True), DAMAGED + "'format_version' is bool"),
+        (set_to("format_version", [1]), DAMAGED),
+        (set_to("total_bytes", 1), "total_bytes"),
+        (set_to("total_bytes", 1e400), DAMAGED),
+        (set_to("files", {}), DAMAGED + "'files' is dict"),
+        (set_to("files", [[]]), DAMAGED + "there is list"),
+        (set_to("files", []), DAMAGED),
+        (set_to("target", 3), DAMAGED + "'target' is int"),
+        (set_to("recipe", "int8"), DAMAGED),
+        (set_in("recipe", "name", ["int8"]), DAMAGED),
+        (set_to("genai", None), DAMAGED),
+        (set_in("genai", "agrees", "yes"), DAMAGED),
+        (set_in("genai", "graph", "other.onnx"), DAMAGED + "'other.onnx'"),
+        (set_to("notes", "a note"), DAMAGED),
+        (set_to("notes", [1]), DAMAGED),
+        *((without(key), DAMAGED) for key in ("format", "files", "total_bytes", "target", "recipe", "genai", "notes")),
+        (first_file(bytes="1"), DAMAGED + "'bytes' is str"),
+        (first_file(bytes=True), DAMAGED),
+        (first_file(bytes=-1), DAMAGED),
+        (first_file(sha256=None), DAMAGED),
+        (first_file(sha256="é"), "SHA-256 is another"),
+        (first_file(path=7), DAMAGED),
+        (first_file(path="x" * 5000), "can't be read: File name too long"),
+        *((first_file(path=name), NOT_INSIDE) for name in OUTSIDE),
+        (name_twice, DAMAGED + "it names '.*' twice"),
+        (link_outside("config.json"), r"config\.json is a link to what is not in the bundle"),
+        (link_outside(MANIFEST), r"manifest\.json is a link to what is not in the bundle"),
+        (link("stranger", "/etc"), "stranger is a link to what is not in the bundle"),
+        (link("stranger", "nowhere"), "stranger is a link to what is not in the bundle"),
+        (link("stranger", "stranger"), "stranger is a link to what is not in the bundle"),
     ],
 )
 def test_damage_is_named(damage, message, bundle, tmp_path):
     shutil.copytree(bundle[0], tmp_path / "copy")
     damage(tmp_path / "copy")
-    with pytest.raises(BundleError, match=message):
+    with pytest.raises(BundleError, match=message) as caught:
         verify_bundle(tmp_path / "copy")
+    assert "\n" not in str(caught.value)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_value_in_a_manifest_is_read_or_refused(data, small_bundle):
+    """One entry, wherever, is something else: it is no other error, and what was read is of the kinds that it says."""
+    manifest = json.loads((small_bundle / MANIFEST).read_text())
+    places = [(manifest, key) for key in manifest]
+    places += [(manifest[part], key) for part in ("recipe", "genai") for key in manifest[part]]
+    places += [(entry, key) for entry in manifest["files"] for key in entry]
+    changed, key = data.draw(st.sampled_from(places))
+    changed[key] = data.draw(VALUES)
+    folder = small_bundle.with_name("changed")
+    shutil.copytree(small_bundle, folder, dirs_exist_ok=True)
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    try:
+        report = verify_bundle(folder)
+    except BundleError as error:
+        assert str(folder) in str(error)
+        return
+    assert report.text().startswith(str(folder))
+    assert set(report.files) == {path.name for path in folder.iterdir()} - {MANIFEST}
+
+
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(inserted=st.binary(max_size=64), data=st.data())
+def test_any_bytes_in_a_manifest_are_read_or_refused(inserted, data, small_bundle):
+    content = (small_bundle / MANIFEST).read_bytes()
+    start, end = sorted(data.draw(st.tuples(*[st.integers(0, len(content))] * 2)))
+    folder = small_bundle.with_name("changed")
+    shutil.copytree(small_bundle, folder, dirs_exist_ok=True)
+    (folder / MANIFEST).write_bytes(content[:start] + inserted + content[end:])
+    with contextlib.suppress(BundleError):
+        verify_bundle(folder).text()
+
+
+@pytest.fixture(scope="module")
+def small_bundle(tmp_path_factory):
+    """What `verify_bundle` takes for a bundle, of two small files."""
+    folder = tmp_path_factory.mktemp("small") / "bundle"
+    folder.mkdir()
+    files = []
+    for name in ("model.onnx", "config.json"):
+        (folder / name).write_text(name)
+        digest = hashlib.sha256(name.encode()).hexdigest()
+        files.append({"path": name, "bytes": len(name), "sha256": digest})
+    manifest = {
+        "format": "optimum-comp-bundle",
+        "format_version": 1,
+        "target": "arm64",
+        "recipe": {"name": "int8"},
+        "genai": {"graph": "model.onnx", "agrees": None},
+        "notes": [],
+        "files": files,
+        "total_bytes": sum(each["bytes"] for each in files),
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    assert verify_bundle(folder).recipe == "int8"
+    return folder
+
+
+def test_links_within_a_bundle_are_followed(small_bundle, tmp_path):
+    folder = shutil.copytree(small_bundle, tmp_path / "copy")
+    (folder / "config.json").unlink()
+    (folder / "other").mkdir()
+    (folder / "other" / "config.json").write_text("config.json")
+    (folder / "config.json").symlink_to("other/config.json")
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["files"].append({**manifest["files"][1], "path": "other/config.json"})
+    manifest["total_bytes"] += manifest["files"][1]["bytes"]
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    assert len(verify_bundle(folder).files) == 3
+
+
+def test_whatever_provides_onnxruntime_is_recorded(tmp_path, monkeypatch):
+    """The same module comes from several distributions, and not all of the others need to be installed."""
+    for name, version in (("onnxruntime_gpu", "1.99.0"), ("torch", "2.99.0")):
+        folder = tmp_path / f"{name}-{version}.dist-info"
+        folder.mkdir()
+        metadata = f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: {version}\n"
+        (folder / "METADATA").write_text(metadata)
+        (folder / "top_level.txt").write_text(name.removesuffix("_gpu"))
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert bundle_module._versions() == {
+        "onnxruntime-gpu": "1.99.0",
+        "torch": "2.99.0",
+        "optimum-comp": optimum_comp.__version__,
+    }
 
 
 def test_existing_output_is_kept_or_replaced(chain, tmp_path):
@@ -378,9 +576,14 @@ def test_other_tokenizers_are_left_alone(decoder, said, tmp_path):
 
 
 def test_without_environment_the_commands_are_told(chain, tmp_path):
-    with pytest.raises(ImportError, match="needs a Python environment of its own") as caught:
+    with pytest.raises(ImportError, match="model builder isn't installed") as caught:
         build_genai(chain[0], tmp_path / "out", bits=8)
-    for command in ("python3 -m venv", "pip install 'onnxruntime-genai==", f"export {ENVIRONMENT_VARIABLE}="):
+    for command in (
+        "pip install 'optimum-comp[genai]'",
+        "python3 -m venv",
+        "pip install 'onnxruntime-genai==",
+        f"export {ENVIRONMENT_VARIABLE}=",
+    ):
         assert command in str(caught.value)
     with pytest.raises(ImportError, match="there is no Python at"):
         build_genai(chain[0], tmp_path / "out", bits=8, python=tmp_path / "python")
@@ -393,9 +596,10 @@ def test_wrong_environments_are_told(tmp_path, monkeypatch):
     with pytest.raises(ImportError, match="doesn't run as a Python"):
         require_environment(tmp_path / "false")
     # An interpreter that answers with what is installed: nothing, and a version that is too old.
+    old = dict.fromkeys(("onnxruntime", "transformers", "torch", "onnx-ir"), "4.57.6")
     for installed, message in (
         ({}, "has no onnxruntime-genai, onnxruntime"),
-        (dict.fromkeys(("onnxruntime-genai", "onnxruntime", "transformers", "torch", "onnx-ir"), "4.57.6"), "needs 5"),
+        ({**old, "onnxruntime-genai": "0.18.0"}, "transformers 4.57.6; GenAI's builder 0.18.0 needs 5"),
     ):
         (tmp_path / "python").write_text(f"#!/bin/sh\necho '{json.dumps(installed)}'\n")
         (tmp_path / "python").chmod(0o755)
@@ -411,8 +615,17 @@ def test_other_formats_are_refused(bits, block_size, chain, tmp_path):
 
 
 @needs_genai
-def test_genai_runs_the_exported_graph(chain, environment, tmp_path, monkeypatch):
-    monkeypatch.setenv(ENVIRONMENT_VARIABLE, GENAI_PYTHON)
+def test_the_environment_is_this_one_unless_another_is_named(environment, monkeypatch):
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+    if importlib.util.find_spec("onnxruntime_genai"):
+        assert find_environment().python == Path(sys.executable)
+    assert find_environment(environment.python) == environment
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "")
+    assert find_environment() is None
+
+
+@needs_genai
+def test_genai_runs_the_exported_graph(chain, environment, tmp_path):
     report = write_bundle(chain[1], tmp_path / "out", target="arm64")
     assert report.genai_graph == "model.onnx"
     assert report.genai_agrees is True
@@ -476,11 +689,12 @@ def test_fused_graph_has_the_same_weights_and_gives_the_same(chain, environment,
 
 @needs_genai
 @pytest.mark.parametrize("name", ["llama-untied", "mistral", "qwen2"])
-def test_fused_graph_of_other_families(name, environment, tmp_path):
+def test_fused_graph_of_other_families(name, environment, tmp_path, capfd):
     tiny_model(name).save_pretrained(tmp_path / "checkpoint")
     tiny_tokenizer().save_pretrained(tmp_path / "checkpoint")
     export_onnx(tmp_path / "checkpoint", tmp_path / "onnx")
     quantize_onnx(tmp_path / "onnx", tmp_path / "int8")
+    capfd.readouterr()
     report = write_bundle(
         tmp_path / "int8",
         tmp_path / "out",
@@ -489,6 +703,8 @@ def test_fused_graph_of_other_families(name, environment, tmp_path):
         checkpoint=tmp_path / "checkpoint",
         genai_python=environment.python,
     )
+    captured = capfd.readouterr()
+    assert captured.out + captured.err == ""
     assert report.genai_graph == FUSED_NAME
     assert report.genai_agrees is True
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -31,10 +32,21 @@ from optimum_comp.onnx.runtime import load_onnx  # noqa: E402
 TIED = ["llama", "opt", "opt-post-norm"]
 FAMILIES = [*TINY_CONFIGS, "llama-odd"]
 
-# Relative error of the centred logits. The models below have outliers in their keys, as real ones do: quantizing the
-# products of activations makes the error 0.16 to 0.28 (see test_bound_sees_quantized_attention), a mistake in the
-# wiring about 1. Ours is 0.014 to 0.045 (int8) and 0.022 to 0.068 (int8-dynamic).
-BOUNDS = {"int8": 0.06, "int8-dynamic": 0.1, "int4": 0.3, "int4-hqq": 0.3, "int4-rtn": 0.3}
+# Relative errors of the centred logits. The models have outliers in their keys, as real ones do: quantizing the
+# products of activations makes the error 0.15 to 0.28 (see test_bound_sees_quantized_attention), a mistake in the
+# wiring about 1. Ours is 0.012 to 0.037 (int8) and 0.018 to 0.059 (int8-dynamic).
+BOUNDS = {"int8": 0.045, "int8-dynamic": 0.07}
+# Of 4 bits, as it is, and with what has 8 bits for good reason at 4 as well: queries, keys and values (the head of
+# opt-post-norm, where these matter less; HQQ can't do it). The bound is between them.
+FOUR_BITS = {
+    "llama": {"int4": (0.193, 0.263), "int4-hqq": (0.187, 0.237), "int4-rtn": (0.208, 0.283)},
+    "llama-untied": {"int4": (0.120, 0.181), "int4-hqq": (0.128, 0.173), "int4-rtn": (0.171, 0.218)},
+    "mistral": {"int4": (0.154, 0.221), "int4-hqq": (0.166, 0.241), "int4-rtn": (0.196, 0.276)},
+    "qwen2": {"int4": (0.166, 0.240), "int4-hqq": (0.181, 0.268), "int4-rtn": (0.212, 0.309)},
+    "opt": {"int4": (0.048, 0.061), "int4-hqq": (0.075, 0.096), "int4-rtn": (0.105, 0.136)},
+    "opt-post-norm": {"int4": (0.037, 0.049), "int4-hqq": (0.071, None), "int4-rtn": (0.123, 0.143)},
+    "llama-odd": {"int4": (0.098, 0.109), "int4-hqq": (0.099, 0.134), "int4-rtn": (0.127, 0.142)},
+}
 TOKENS = torch.randint(3, 128, (4, 64), generator=torch.Generator().manual_seed(2))
 
 
@@ -68,6 +80,13 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual - expected).norm() / expected.norm()).item()
 
 
+def bound(name: str, recipe: str) -> float:
+    if recipe in BOUNDS:
+        return BOUNDS[recipe]
+    right, wrong = FOUR_BITS[name][recipe]
+    return 1.15 * right if wrong is None else (right + wrong) / 2
+
+
 def graph_of(folder: Path):
     return onnx.load(folder / "model.onnx").graph
 
@@ -97,7 +116,7 @@ def test_quantized_is_close_and_keeps_attention_in_float(name, recipe, exported,
     folder = exported(name).folder
     report = quantized(name, recipe)
     error = relative_error(logits(load_onnx(report.output, threads=1)), logits(load_onnx(folder, threads=1)))
-    assert error < BOUNDS[recipe]
+    assert error < bound(name, recipe)
 
     products = activation_products(folder)
     assert len(products) >= 2 * SIZES["num_hidden_layers"]
@@ -123,6 +142,16 @@ def test_bound_sees_quantized_attention(exported, tmp_path):
         stock = logits(load_onnx(tmp_path / name, threads=1))
         error = relative_error(stock, logits(load_onnx(folder, threads=1)))
         assert error > max(BOUNDS["int8"], BOUNDS["int8-dynamic"])
+
+
+@pytest.mark.parametrize("recipe", ["int4", "int4-hqq", "int4-rtn"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2"])
+def test_bound_sees_queries_in_4_bits(name, recipe, exported, tmp_path, monkeypatch):
+    folder = exported(name).folder
+    monkeypatch.setitem(RECIPES, recipe, dataclasses.replace(RECIPES[recipe], attention=None))
+    report = quantize_onnx(folder, tmp_path / "out", recipe=recipe, tokens=TOKENS)
+    error = relative_error(logits(load_onnx(report.output, threads=1)), logits(load_onnx(folder, threads=1)))
+    assert error > bound(name, recipe)
 
 
 @pytest.mark.parametrize("name", TIED)

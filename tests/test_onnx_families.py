@@ -202,7 +202,8 @@ def test_4_bits_and_a_bundle_of_wide_heads(exported, tmp_path):
     _, exact = generate(ORTModelForCausalLM.from_pretrained(folder))
     # The first step, before tokens part.
     centred = exact[:, 0] - exact[:, 0].mean(-1, keepdim=True)
-    assert 0 < (found[1][:, 0] - exact[:, 0]).norm() / centred.norm() < 0.3
+    # It is 0.067, and with queries, keys and values in 4 bits, too, 0.095.
+    assert 0 < (found[1][:, 0] - exact[:, 0]).norm() / centred.norm() < 0.08
 
 
 def small_graph(path: Path, *nodes, heads=2) -> Path:

@@ -185,11 +185,12 @@ def test_trials_of_a_search_are_not_run_for_it(exported, tmp_path, monkeypatch):
         quantize_onnx(source, tmp_path / "out", recipe=BUDGET, plan=found.plan)
 
 
-def test_padding_is_left_out_where_it_is_not_for_the_graph(exported):
-    found = run_graph(exported("llama").folder, padded=False)
+def test_one_sequence_is_run_where_a_graph_takes_no_batches(exported):
+    made = exported("llama")
+    found, expected = run_graph(made.folder, batches=False), run_model(made.model, batches=False)
     assert PADDED not in found.logits
-    differences = require_same(run_model(exported("llama").model), found, names=("graph", "PyTorch"))
-    assert set(differences) == set(found.logits)
+    assert all(len(logits) == 1 for logits in found.logits.values())
+    assert set(require_same(expected, found, names=("graph", "PyTorch"))) == set(found.logits)
 
 
 def test_generation_is_compared_until_the_tokens_part():

@@ -1,15 +1,18 @@
 """ONNX Runtime GenAI: its configuration for our graphs, a tokenizer that it reads right, and its environment.
 
 GenAI runs the exported graph as it is. Its builder writes a graph with attention as one operator, which generates
-faster; it needs transformers 5, which Optimum's ONNX part excludes, so it runs in a Python environment of its own.
+faster. Up to 0.15 it runs beside Optimum; later ones need transformers 5, which Optimum's ONNX part excludes, and so a
+Python environment of their own. Either way it runs in a process of its own.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +34,9 @@ REQUIREMENTS = (
     "safetensors",
 )
 """What the environment of the builder needs. The builder's options and the names in its graph are this version's."""
+
+_NEEDS_TRANSFORMERS_5 = (0, 16)
+"""GenAI from this version on."""
 
 MAX_LENGTH = 2048
 """Default of prompt and answer together. A fused graph's cache is allocated for all of it at once."""
@@ -58,18 +64,20 @@ class GenaiEnvironment:
 
 
 def find_environment(python: str | Path | None = None) -> GenaiEnvironment | None:
-    """The environment that is given, or that the environment variable names.
+    """The environment that is given, that the environment variable names, or this one.
 
     Args:
-        python: its interpreter; `None` takes `COMP_GENAI_PYTHON`.
+        python: its interpreter; `None` takes `COMP_GENAI_PYTHON`, or, where that isn't set, the running interpreter if
+            GenAI is installed beside this package. An empty `COMP_GENAI_PYTHON` stands for none at all.
 
     Returns:
-        `None` if neither is there.
+        `None` if there is none.
 
     Raises:
         ImportError: it isn't one that the builder runs in; says how to make one.
     """
-    given = python or os.environ.get(ENVIRONMENT_VARIABLE)
+    here = sys.executable if importlib.util.find_spec("onnxruntime_genai") else None
+    given = python or os.environ.get(ENVIRONMENT_VARIABLE, here)
     if not given:
         return None
     # Not resolved: a virtual environment's interpreter is a link, and knows its environment by the link's place.
@@ -84,12 +92,16 @@ def find_environment(python: str | Path | None = None) -> GenaiEnvironment | Non
     missing = [name for name in names if name not in versions]
     if missing:
         raise ImportError(f"the environment of {given} has no {', '.join(missing)}. {_how_to()}")
-    if int(versions["transformers"].split(".")[0]) < 5:
+    if _numbers(versions["onnxruntime-genai"]) >= _NEEDS_TRANSFORMERS_5 and _numbers(versions["transformers"]) < (5,):
         raise ImportError(
-            f"the environment of {given} has transformers {versions['transformers']}; GenAI's builder needs 5. "
-            f"{_how_to()}"
+            f"the environment of {given} has transformers {versions['transformers']}; GenAI's builder "
+            f"{versions['onnxruntime-genai']} needs 5. {_how_to()}"
         )
     return GenaiEnvironment(path, versions)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
 
 
 def require_environment(python: str | Path | None = None) -> GenaiEnvironment:
@@ -100,14 +112,16 @@ def require_environment(python: str | Path | None = None) -> GenaiEnvironment:
     """
     found = find_environment(python)
     if found is None:
-        raise ImportError(f"ONNX Runtime GenAI's model builder needs a Python environment of its own. {_how_to()}")
+        raise ImportError(f"ONNX Runtime GenAI's model builder isn't installed. {_how_to()}")
     return found
 
 
 def _how_to() -> str:
     packages = " ".join(f"'{name}'" for name in REQUIREMENTS)
     return (
-        "Make one with\n"
+        "Install it beside this package with\n"
+        "  pip install 'optimum-comp[genai]'\n"
+        "or make an environment of its own with\n"
         "  python3 -m venv genai-env\n"
         f"  genai-env/bin/pip install {packages}\n"
         f"  export {ENVIRONMENT_VARIABLE}=$PWD/genai-env/bin/python"
@@ -137,7 +151,7 @@ def run_builder(
         arguments += ["--extra_options", *(f"{key}={value}" for key, value in options.items())]
         done = _run(environment.python, arguments)
     if done.returncode != 0 or not (folder / MODEL_NAME).is_file():
-        raise RuntimeError(f"GenAI's model builder failed on {checkpoint}: {_last_lines(done.stderr or done.stdout)}")
+        raise RuntimeError(f"GenAI's model builder failed on {checkpoint}: {_reason(done)}")
 
 
 def _run(python: Path, arguments: list[str]) -> subprocess.CompletedProcess[str]:
@@ -152,6 +166,11 @@ def _run(python: Path, arguments: list[str]) -> subprocess.CompletedProcess[str]
         errors="replace",
         check=False,
     )
+
+
+def _reason(done: subprocess.CompletedProcess[str]) -> str:
+    """The last lines of a process that failed, or how it ended where it said nothing: a crash does so."""
+    return _last_lines(done.stderr or done.stdout) or f"the process ended with status {done.returncode}."
 
 
 def _last_lines(text: str) -> str:
@@ -378,12 +397,15 @@ def try_in_genai(folder: Path, environment: GenaiEnvironment, prompt: Sequence[i
     Raises:
         RuntimeError: GenAI doesn't open or run it; with its last lines.
     """
-    job = {"folder": str(folder), "prompt": list(prompt), "new_tokens": new_tokens, "texts": _SAMPLES}
+    job = {"folder": str(folder), "prompt": list(prompt), "new_tokens": new_tokens, "texts": _SAMPLES, "mark": _FOUND}
     done = _run(environment.python, ["-c", _TRIAL, json.dumps(job)])
-    if done.returncode != 0:
-        raise RuntimeError(f"GenAI doesn't run {folder}: {_last_lines(done.stderr)}")
-    found = json.loads(done.stdout.splitlines()[-1])
-    return GenaiTrial(found["tokens"], found["encodings"])
+    found: dict[str, Any] = {}
+    for line in done.stdout.splitlines():
+        if line.startswith(_FOUND):
+            found |= json.loads(line.removeprefix(_FOUND))
+    if "tokens" not in found:
+        raise RuntimeError(f"GenAI doesn't run {folder}: {_reason(done)}")
+    return GenaiTrial(found["tokens"], found.get("encodings"))
 
 
 @dataclass(frozen=True)
@@ -415,6 +437,9 @@ for name in sys.argv[1:]:
 print(json.dumps(found))
 """
 
+_FOUND = "found: "
+"""Begins the lines of a trial's output that are its result."""
+
 _TRIAL = """
 import json, sys
 import onnxruntime_genai as genai
@@ -428,11 +453,13 @@ generator.append_tokens(job["prompt"])
 for _ in range(job["new_tokens"]):
     generator.generate_next_token()
 tokens = [int(token) for token in generator.get_sequence(0)][len(job["prompt"]):]
+print(job["mark"] + json.dumps({"tokens": tokens}), flush=True)
+# A tokenizer that it doesn't know may end the process (0.15).
 try:
     tokenizer = genai.Tokenizer(model)
     encodings = [[int(token) for token in tokenizer.encode(text)] for text in job["texts"]]
 except Exception as error:
     print(error, file=sys.stderr)
     encodings = None
-print(json.dumps({"tokens": tokens, "encodings": encodings}))
+print(job["mark"] + json.dumps({"encodings": encodings}), flush=True)
 """

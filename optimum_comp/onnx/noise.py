@@ -19,6 +19,8 @@ _KNOWN: dict[str, str] = {
     "transformers.models.llama.tokenization_llama_fast": r"You are using the default legacy behaviour",
     # Tied embeddings: the lines name both initializers, which are merged next.
     "optimum": r"Found different candidate ONNX initializers|\t\S+: \{",
+    # A graph with fused attention counts positions itself.
+    "optimum.onnxruntime.modeling_decoder": r"ORTModelForCausalLM loaded a legacy ONNX model with no `position_ids`",
     # A line for each of some thousand nodes.
     "onnxruntime.quantization.matmul_nbits_quantizer": r"skip to quantize|exclude to quantize|start to quantize"
     r"|MatMul doesn't have const weight|complete quantization",

@@ -39,8 +39,9 @@ class Found:
     Attributes:
         logits: case -> `[sequences, positions, vocabulary]`, float32. Two prompts (`PREFILL`), tokens that follow them
             through the cache (`CACHED`), and the same tokens in one run with their prompts; a shorter prompt and what
-            follows it, alone, and padded on the left beside a longer one (`PADDED`, if asked for; the positions of the
-            padding aside); the steps of greedy generation (`GENERATED`).
+            follows it, alone, and padded on the left beside a longer one (`PADDED`; the positions of the padding
+            aside); the steps of greedy generation (`GENERATED`). Of a graph that takes no batches, the first sequence
+            of each, and nothing that is padded.
         tokens: that generation has chosen, `[sequences, steps]`.
     """
 
@@ -57,7 +58,7 @@ def run_torch(checkpoint: Path) -> Found:
 
 
 def run_graph(
-    folder: Path, graph: str = MODEL_NAME, *, cache_shape: tuple[int, int] | None = None, padded: bool = True
+    folder: Path, graph: str = MODEL_NAME, *, cache_shape: tuple[int, int] | None = None, batches: bool = True
 ) -> Found:
     """What `ORTModelForCausalLM` computes with a graph.
 
@@ -65,7 +66,7 @@ def run_graph(
         folder: holds the graph and `config.json`.
         graph: the graph's file.
         cache_shape: heads and width of a layer's cache, for a graph that insists on them (see `open_cache`).
-        padded: whether to run prompts of different length at once.
+        batches: whether the graph takes several sequences at once.
 
     Raises:
         RuntimeError: the class doesn't open or run it; says why.
@@ -78,27 +79,28 @@ def run_graph(
         model = ORTModelForCausalLM.from_pretrained(folder, file_name=graph, provider="CPUExecutionProvider")
         if cache_shape is not None:
             model.num_key_value_heads, model.embed_size_per_head = cache_shape
-        return run_model(model, padded=padded)
+        return run_model(model, batches=batches)
     except Exception as error:
         raise RuntimeError(f"{graph} doesn't run in ORTModelForCausalLM: {error}") from error
 
 
 @torch.no_grad()
-def run_model(model: Any, *, padded: bool = True) -> Found:
+def run_model(model: Any, *, batches: bool = True) -> Found:
     """What an opened model computes, of PyTorch or of ONNX Runtime."""
     from transformers import GenerationConfig
 
     length = _PREFILL + _CONTINUATION
     ids = torch.randint(model.config.vocab_size, (_BATCH, length), generator=torch.Generator().manual_seed(0))
+    ids = ids if batches else ids[:1]
     mask = torch.ones_like(ids)
     prefill, cached = _run_through_cache(model, ids, mask)
     logits = {
         PREFILL: prefill,
         CACHED: cached,
         _UNCACHED: _forward(model, ids, mask).logits[:, _PREFILL:],
-        _ALONE: torch.cat(_run_through_cache(model, ids[:1, _PADDING:], mask[:1, _PADDING:]), 1),
     }
-    if padded:
+    if batches:
+        logits[_ALONE] = torch.cat(_run_through_cache(model, ids[:1, _PADDING:], mask[:1, _PADDING:]), 1)
         shorter = mask.clone()
         shorter[0, :_PADDING] = 0
         logits[PADDED] = torch.cat(_run_through_cache(model, ids, shorter), 1)[:1, _PADDING:]
