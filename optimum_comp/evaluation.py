@@ -324,11 +324,12 @@ def perplexity(model: Any, tokens: Tensor, window: int = 512, start: Sequence[in
 
 
 @torch.no_grad()
-def throughput(model: Any, prompt_tokens: int, new_tokens: int, repeats: int) -> tuple[float, float]:
+def throughput(model: Any, prompt_tokens: int, new_tokens: int, repeats: int) -> tuple[float, float | None]:
     """Prefill and decode tokens per second at batch 1, medians over `repeats` after one warm-up.
 
     Prefill is the time to the first token of a prompt of `prompt_tokens` random tokens; decoding is the time of the
-    tokens after it, through `generate`, greedy, with the cache.
+    tokens after it, through `generate`, greedy, with the cache. Of a
+    model so small that it is lost in the noise, there is none (`None`).
     """
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(0, model.config.vocab_size, (1, prompt_tokens), generator=generator).to(model.device)
@@ -351,7 +352,7 @@ def throughput(model: Any, prompt_tokens: int, new_tokens: int, repeats: int) ->
     seconds(2)
     first = statistics.median(seconds(1) for _ in range(repeats))
     whole = statistics.median(seconds(new_tokens) for _ in range(repeats))
-    return prompt_tokens / first, (new_tokens - 1) / max(whole - first, 1e-9)
+    return prompt_tokens / first, (new_tokens - 1) / (whole - first) if whole > first else None
 
 
 @torch.no_grad()
