@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-import tempfile
 from pathlib import Path
 
 from transformers import AutoTokenizer
@@ -65,15 +64,17 @@ def run(args: argparse.Namespace) -> str:
             f"{args.text} is too short: its first part has {tokens} tokens, a sample takes {config.sequence_length}."
         )
     config.num_samples = samples
-    with tempfile.TemporaryDirectory() as scratch:
-        calibration, held_out = Path(scratch) / "calibration.txt", Path(scratch) / "held-out.txt"
-        calibration.write_text(text[:cut], encoding="utf-8")
-        held_out.write_text(text[cut:], encoding="utf-8")
-        prompts = args.prompt or (QUESTIONS if tokenizer.chat_template else BEGINNINGS)
-        settings = Settings(text=str(held_out), max_tokens=10240, prompts=prompts, new_tokens=32)
-        result = compress(
-            args.model, args.output, config=config, calibration=calibration, settings=settings, overwrite=True
-        )
+    # Kept beside the result: an interrupted demo goes on with them.
+    folder = args.output.with_name(f"{args.output.name}-text")
+    folder.mkdir(parents=True, exist_ok=True)
+    calibration, held_out = folder / "calibration.txt", folder / "held-out.txt"
+    calibration.write_text(text[:cut], encoding="utf-8")
+    held_out.write_text(text[cut:], encoding="utf-8")
+    prompts = args.prompt or (QUESTIONS if tokenizer.chat_template else BEGINNINGS)
+    settings = Settings(text=str(held_out), max_tokens=10240, prompts=prompts, new_tokens=32)
+    result = compress(
+        args.model, args.output, config=config, calibration=calibration, settings=settings, overwrite=True
+    )
     return result.text()
 
 

@@ -407,6 +407,13 @@ def test_two_at_once_are_one_too_many(made, tmp_path):
     assert weights(output) == before
 
 
+def test_a_disk_that_is_too_small_is_said_before_any_work(made, tmp_path, monkeypatch):
+    monkeypatch.setattr("optimum_comp.sweep.memory.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(9, 8, 1))
+    with pytest.raises(OSError, match=r"needs .* of disk space at .*, and 1 B are free"):
+        run_recipe(Recipe.from_dict(recipe_of(made)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_model_folder_is_no_output(made, tmp_path):
     shutil.copytree(made / "model", tmp_path / "mine")
     before = weights(tmp_path)

@@ -112,6 +112,10 @@ class Stage(ABC):
         """
         return
 
+    def disk_bytes(self, chain: Chain) -> int:
+        """Space that making the result takes on the disk at its worst, the result included; about."""
+        return 0
+
     def record(self, key: str, parent: str, chain: Chain) -> dict[str, Any]:
         """What the result is known by."""
         return {"stage": self.name, "key": key, "parent": parent, "settings": self.identity(chain)}

@@ -52,6 +52,7 @@ from optimum_comp.stages.prune import Prune
 from optimum_comp.stages.quantize import HELD_OUT, Quantize, SampleSettings
 from optimum_comp.stages.recipe import LOADING, Recipe
 from optimum_comp.sweep.journal import Journal
+from optimum_comp.sweep.memory import check_disk
 from optimum_comp.utils import format_bytes, get_logger, lookup_arguments, plain_arguments
 
 
@@ -209,6 +210,11 @@ class Chain:
         return dense if prune is None else dense - self.pruner.plan(prune.config).parameters
 
     @cached_property
+    def bytes_per_parameter(self) -> float:
+        """What the dense model's weights take on the disk, each."""
+        return weight_bytes(self._folder) / count_parameters(self._config)
+
+    @cached_property
     def _config(self) -> Any:
         from transformers import AutoConfig
 
@@ -361,6 +367,7 @@ class Chain:
             stage.check(self)
         for step in self._steps:
             self._check_place(step)
+        check_disk(self.output, sum(step.stage.disk_bytes(self) for step in self._steps if not step.is_there))
 
     def _check_output(self) -> None:
         sources = [Path(self.model)] if Path(self.model).exists() else []

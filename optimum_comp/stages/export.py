@@ -63,6 +63,10 @@ class Export(Stage):
         """See `Stage`."""
         require_onnxruntime()
 
+    def disk_bytes(self, chain: Any) -> int:
+        """See `Stage`; float32, and once more while the exporter puts it together."""
+        return 8 * int(chain.parameters_after)
+
     def run(self, source: Artifact, target: Path, chain: Any, record: Mapping[str, Any]) -> dict[str, Any]:
         """See `Stage`."""
         report = export_onnx(

@@ -137,6 +137,10 @@ class Prune(Stage):
             )
         chain.pruner.plan(self.config)
 
+    def disk_bytes(self, chain: Any) -> int:
+        """See `Stage`; layer by layer, and once more while the shards are put together."""
+        return 2 * int(chain.parameters_after * chain.bytes_per_parameter)
+
     def run(self, source: Artifact, target: Path, chain: Any, record: Mapping[str, Any]) -> dict[str, Any]:
         """See `Stage`."""
         unfinished = Journal.find(target) if (target / JOURNAL).is_file() else None

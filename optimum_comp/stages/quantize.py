@@ -167,6 +167,10 @@ class Quantize(Stage):
                 f"least {format_bytes(least)}. Prune more (sparsity), or allow more."
             )
 
+    def disk_bytes(self, chain: Any) -> int:
+        """See `Stage`; the graph that is on its way is float32 where its weights aren't in blocks."""
+        return 5 * int(chain.parameters_after)
+
     def run(self, source: Artifact, target: Path, chain: Any, record: Mapping[str, Any]) -> dict[str, Any]:
         """See `Stage`."""
         tokens = chain.samples().tokens[:SAMPLES] if self.settings.wants_text else None
