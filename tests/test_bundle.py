@@ -33,6 +33,8 @@ from optimum_comp.onnx.export import export_onnx  # noqa: E402
 from optimum_comp.onnx.fused import build_genai  # noqa: E402
 from optimum_comp.onnx.genai import (  # noqa: E402
     ENVIRONMENT_VARIABLE,
+    GenaiEnvironment,
+    GenaiTrial,
     find_environment,
     genai_config,
     mend_tokenizer,
@@ -606,6 +608,20 @@ def test_wrong_environments_are_told(tmp_path, monkeypatch):
         monkeypatch.setenv(ENVIRONMENT_VARIABLE, str(tmp_path / "python"))
         with pytest.raises(ImportError, match=message):
             require_environment()
+
+
+def test_a_crash_is_told_and_one_over_the_tokenizer_is_none_of_the_graph(tmp_path):
+    """An interpreter that says what GenAI's would, and ends as a crash in a library does."""
+    environment = GenaiEnvironment(tmp_path / "python", {})
+    tokens = "echo 'found: {\"tokens\": [3, 4]}'\n"
+    for said in (tokens, ""):
+        environment.python.write_text(f"#!/bin/sh\n{said}kill -SEGV $$\n")
+        environment.python.chmod(0o755)
+        if said:
+            assert try_in_genai(tmp_path, environment, [1, 2], 2) == GenaiTrial([3, 4], None)
+        else:
+            with pytest.raises(RuntimeError, match=r"doesn't run .* the process ended with status -11"):
+                try_in_genai(tmp_path, environment, [1, 2], 2)
 
 
 @pytest.mark.parametrize(("bits", "block_size"), [(3, None), (8, 48)])
