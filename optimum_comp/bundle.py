@@ -296,9 +296,13 @@ def _is_inside(name: str) -> bool:
 
 
 def _check_inside(folder: Path, path: Path) -> None:
-    is_link = path.is_symlink()
+    is_link, home = path.is_symlink(), folder.resolve()
+    places = [home]
+    if home.parent.name == "snapshots":
+        # In the hub's cache, a snapshot's files are links to blobs beside it.
+        places.append(home.parent.parent / "blobs")
     try:
-        inside = path.resolve(strict=is_link).is_relative_to(folder.resolve())
+        inside = any(path.resolve(strict=is_link).is_relative_to(place) for place in places)
     # A link to nothing, or to itself.
     except (OSError, RuntimeError):
         inside = False

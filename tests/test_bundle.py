@@ -369,6 +369,18 @@ def small_bundle(tmp_path_factory):
     return folder
 
 
+def test_a_bundle_in_the_hubs_cache_is_whole(small_bundle, tmp_path):
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    shutil.copytree(small_bundle, blobs)
+    for path in blobs.rglob("*"):
+        if path.is_file():
+            link = snapshot / path.relative_to(blobs)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(path)
+    assert verify_bundle(snapshot).size_bytes == verify_bundle(small_bundle).size_bytes
+
+
 def test_links_within_a_bundle_are_followed(small_bundle, tmp_path):
     folder = shutil.copytree(small_bundle, tmp_path / "copy")
     (folder / "config.json").unlink()
