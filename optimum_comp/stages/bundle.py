@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,13 @@ class Bundle(Stage):
 
     def identity(self, chain: Any) -> dict[str, Any]:
         """See `Stage`."""
+        return {"target": self._target(chain), "ort_format": self.settings.ort_format, "genai": self._genai}
+
+    @cached_property
+    def _genai(self) -> str | None:
+        """Version of the builder that makes the fused graph; to find it takes a process."""
         environment = find_environment(None)
-        genai = None if environment is None else environment.versions["onnxruntime-genai"]
-        return {"target": self._target(chain), "ort_format": self.settings.ort_format, "genai": genai}
+        return None if environment is None else environment.versions["onnxruntime-genai"]
 
     def place(self, before: str) -> str:
         """See `Stage`."""
