@@ -321,10 +321,10 @@ def _check_file(folder: Path, path: Path, size: int, digest: str) -> None:
 
 
 def _recipe_of(source: Path) -> dict[str, Any]:
-    """The quantization recipe that `quantize_onnx` has noted, without its list of nodes."""
+    """The quantization recipe that `quantize_onnx` has noted, without its lists of nodes."""
     path = source / "ort_config.json"
     noted = json.loads(path.read_text(encoding="utf-8")).get("comp_recipe", {}) if path.is_file() else {}
-    return {key: value for key, value in noted.items() if key != "nodes"}
+    return {key: value for key, value in noted.items() if key not in ("nodes", "left_in_float")}
 
 
 def _is_fused(

@@ -6,6 +6,7 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from optimum_comp.commands.compress import CompressCommand
 from optimum_comp.commands.evaluate import BenchCommand, EvaluateCommand
+from optimum_comp.commands.explain import ExplainCommand
 from optimum_comp.commands.families import FamiliesCommand
 from optimum_comp.commands.prune import PruneCommand
 from optimum_comp.commands.quantize import QuantizeCommand
@@ -17,5 +18,13 @@ class CompCommand(BaseOptimumCLICommand):
     COMMAND = CommandInfo(name="comp", help="Make language models small: COMP pruning, ONNX, int8.")
     SUBCOMMANDS = tuple(
         CommandInfo(command.COMMAND.name, command.COMMAND.help, subcommand_class=command)
-        for command in (PruneCommand, QuantizeCommand, CompressCommand, EvaluateCommand, BenchCommand, FamiliesCommand)
+        for command in (
+            PruneCommand,
+            QuantizeCommand,
+            CompressCommand,
+            EvaluateCommand,
+            BenchCommand,
+            ExplainCommand,
+            FamiliesCommand,
+        )
     )

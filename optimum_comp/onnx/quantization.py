@@ -308,5 +308,6 @@ def _record_recipe(path: Path, name: str, target: str, recipe: Recipe, plan: Pla
     """Add the recipe to Optimum's record, which knows of its own part of the work only."""
     config = json.loads(path.read_text(encoding="utf-8"))
     blocks = {node: dataclasses.asdict(form) for node, form in plan.assignment.items()}
-    config["comp_recipe"] = {"name": name, "target": target, **dataclasses.asdict(recipe), "nodes": blocks}
+    stored = {"nodes": blocks, "left_in_float": list(plan.left_in_float)}
+    config["comp_recipe"] = {"name": name, "target": target, **dataclasses.asdict(recipe), **stored}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

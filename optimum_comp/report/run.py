@@ -166,7 +166,11 @@ class CompReport:
     @classmethod
     def load(cls, folder: Path) -> CompReport:
         """Read what `save` wrote."""
-        data = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))
+        return cls.of(json.loads((folder / REPORT_NAME).read_text(encoding="utf-8")))
+
+    @classmethod
+    def of(cls, data: dict[str, Any]) -> CompReport:
+        """From what `save` wrote."""
         layers = [LayerReport.of(layer) for layer in data["layers"]]
         ledger = [Entry(**entry) for entry in data.get("ledger", [])]
         return cls(**{**data, "layers": layers, "ledger": ledger})
