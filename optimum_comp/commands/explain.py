@@ -23,9 +23,8 @@ class ExplainCommand(CompSubcommand):
 
     COMMAND = CommandInfo(name="explain", help="What was decided in a pruned or quantized folder, and why.")
 
-    @staticmethod
-    def parse_args(parser: ArgumentParser) -> None:
-        """Declare the options."""
+    def declare(self, parser: ArgumentParser) -> None:
+        """See `CompSubcommand`."""
         parser.add_argument(
             "--layer", type=int, metavar="N", help="Only this decoder layer, by its number in the dense model, from 0."
         )
@@ -87,7 +86,7 @@ def _pruning_run(folder: Path) -> Run | None:
     from optimum_comp.configuration import CompConfig
     from optimum_comp.files import JOURNAL
     from optimum_comp.report.explain import Run
-    from optimum_comp.report.run import REPORT_NAME, CompReport, LayerReport
+    from optimum_comp.report.run import REPORT_NAME, CompReport
     from optimum_comp.sweep.journal import Journal
 
     places = [folder]
@@ -96,8 +95,7 @@ def _pruning_run(folder: Path) -> Run | None:
         if not journal.has_begun:
             return None
         if not journal.is_finishing:
-            files = sorted(journal.work.glob("layer-*.json"))[: journal.finished]
-            return Run.unfinished(journal.state, [LayerReport.of(_read(file)) for file in files])
+            return Run.unfinished(journal.state, journal.reports())
         # The result is complete, and on its way from there.
         places = [journal.work / "final", folder]
     for name in (REPORT_NAME, CompConfig.CONFIG_NAME):
