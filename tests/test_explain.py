@@ -19,7 +19,7 @@ FIELDS = {"num_samples": 16, "sequence_length": 32, "round_to": 8}
 ALL_AXES = {
     "sparsity": 0.55,
     "layer_fraction": 0.5,
-    "attention_fraction": 0.33,
+    "attention_fraction": 0.4,
     "axes": ["ffn", "kv", "heads"],
     "elimination_block": 4,
 }
@@ -121,7 +121,7 @@ def test_each_layer_has_its_units_scores_around_the_threshold_and_errors(pruned)
 @pytest.mark.parametrize("recovery", ["least_squares", "mask", "none"])
 @pytest.mark.parametrize("metric", ["condition", "wanda"])
 def test_errors_with_and_without_the_repair_are_recorded(recovery, metric, dense, tmp_path):
-    extra = {"attention_fraction": 0.4, "neuron_metric": metric, "recovery": recovery}
+    extra = {"attention_fraction": 0.5, "neuron_metric": metric, "recovery": recovery}
     report = prune(dense, tmp_path / "out", sparsity=0.4, **extra)
     decisions = [each for layer in report.layers for each in layer.decisions]
     assert {each.axis for each in decisions} == {"ffn", "kv"}
@@ -264,9 +264,9 @@ def test_on_the_command_line(pruned, tmp_path):
 
 @pytest.mark.onnx
 def test_every_part_of_a_compression_is_explained(dense, tmp_path):
-    from optimum_comp.compress import compress, quantize_folder
+    from optimum_comp.compress import compress
     from optimum_comp.evaluation import Settings
-    from optimum_comp.onnx.search import Budget
+    from optimum_comp.stages.quantize import QuantizeSettings, SampleSettings, quantize_folder
 
     output = tmp_path / "out"
     text = tmp_path / "text.txt"
@@ -292,10 +292,8 @@ def test_every_part_of_a_compression_is_explained(dense, tmp_path):
     quantize_folder(
         output / "pruned-onnx",
         searched,
-        budget=Budget(size=int(0.8 * size)),
-        calibration=str(text),
-        num_samples=4,
-        sequence_length=32,
+        settings=QuantizeSettings(max_size=int(0.8 * size)),
+        samples=SampleSettings(calibration=str(text), num_samples=4, sequence_length=32),
     )
     (found,) = explain(searched).values()
     assert found["left_in_float"] and sum(each["count"] for each in found["weights"]) > 0
