@@ -41,11 +41,19 @@ from optimum_comp.sweep.memory import (
     parse_bytes,
     plan_memory,
     workload_of,
+    writing_of,
 )
 from optimum_comp.sweep.pruning import Pruned, PruningRun
 from optimum_comp.sweep.ranks import Ranks
 from optimum_comp.sweep.runner import LayerRunner
-from optimum_comp.utils import format_bytes, get_logger, lookup_arguments, parameter_count, peak_memory_bytes
+from optimum_comp.utils import (
+    format_bytes,
+    get_logger,
+    lookup_arguments,
+    parameter_count,
+    peak_memory_bytes,
+    release_free_memory,
+)
 
 
 logger = get_logger(__name__)
@@ -267,12 +275,16 @@ class CompPruner:
         work = workload_of(self._source, config, allocation, self._ranks)
         batch_size = batch_size or good_batch_size(config.sequence_length, self._source.device)
         # Said now if it can't fit, and once more with what libraries take that are loaded by then.
-        plan_memory(work, batch_size, limit)
+        is_written = unfinished is None and self._ranks.is_first and _is_self(calibration)
+        first = plan_memory(work, batch_size, limit, writing_of(self._source, config) if is_written else None)
         started = time.perf_counter()
         fingerprint = self._ranks.from_first(self._source.check() if self._ranks.is_first else "")
-        samples = self._samples(config, calibration, text_column, unfinished)
+        samples = self._samples(config, calibration, text_column, unfinished, first.written_together)
         self.samples = samples.tokens
+        release_free_memory()
         plan = plan_memory(work, batch_size, limit)
+        if is_written:
+            plan = dataclasses.replace(plan, peak_bytes=max(first.peak_bytes, plan.peak_bytes))
         # The same batches in all processes; and, going on, those that it was begun with: others add up otherwise.
         batch = plan.batch_size if unfinished is None else unfinished.run["batch_size"]
         plan = dataclasses.replace(plan, batch_size=self._ranks.from_first(batch))
@@ -345,6 +357,7 @@ class CompPruner:
         calibration: CalibrationSource | None,
         text_column: str | None,
         journal: Journal | None,
+        together: int,
     ) -> Calibration:
         if journal is not None:
             known = journal.run["calibration"]["source"]
@@ -357,8 +370,7 @@ class CompPruner:
             return Calibration(tokens, known, Beginning.from_dict(journal.run["calibration"]))
         samples = None
         if self._ranks.is_first:
-            calibration = SELF if calibration is None else calibration
-            writes = isinstance(calibration, str) and calibration == SELF
+            calibration, writes = SELF if calibration is None else calibration, _is_self(calibration)
             model = self._source.whole() if writes else self._source.model
             losses = losses_of_model(model) if writes else losses_of_source(self._source)
             samples = prepare_calibration(
@@ -370,6 +382,7 @@ class CompPruner:
                 seed=config.seed,
                 text_column=text_column,
                 begin=lambda pieces: decide(config.begin, self.tokenizer, pieces, losses, "Blocks"),
+                together=together or None,
             )
         shared = self._ranks.from_first(samples)
         assert shared is not None
@@ -621,6 +634,11 @@ class CompPruner:
 def _sizes(counts: dict[str, int]) -> str:
     heads = f", {counts[HEADS]} heads, {counts[KV]} key-value heads" if HEADS in counts else ""
     return f"{counts[FFN]} neurons{heads}"
+
+
+def _is_self(calibration: CalibrationSource | None) -> bool:
+    """Whether the model is to write its calibration text itself."""
+    return calibration is None or (isinstance(calibration, str) and calibration == SELF)
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
