@@ -24,7 +24,7 @@ from optimum_comp.utils import get_logger
 logger = get_logger(__name__)
 
 _PIECES = 4
-_LONGEST = 512
+LONGEST = 512
 """The decision looks at so many pieces of the text, of so many tokens each at most."""
 _MARGIN = 0.01
 """Share of the loss below which a difference is noise: SmolLM2's changes its sign from text to text there, and pruned
@@ -105,8 +105,8 @@ def spread(tokens: Tensor, length: int) -> Tensor:
         `[pieces, length or less]`; of one text, spread evenly over it and apart from each other.
     """
     if tokens.dim() == 2:
-        return tokens[:_PIECES, : min(length, _LONGEST)]
-    length = min(length, _LONGEST, tokens.numel())
+        return tokens[:_PIECES, : min(length, LONGEST)]
+    length = min(length, LONGEST, tokens.numel())
     pieces = min(_PIECES, tokens.numel() // length) if length else 0
     starts = torch.linspace(0, tokens.numel() - length, pieces).long().tolist()
     return torch.stack([tokens[start : start + length] for start in starts]) if pieces else tokens.new_empty(0, 0)

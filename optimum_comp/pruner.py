@@ -45,11 +45,19 @@ from optimum_comp.sweep.memory import (
     good_batch_size,
     plan_memory,
     workload_of,
+    writing_of,
 )
 from optimum_comp.sweep.pruning import Pruned, PruningRun
 from optimum_comp.sweep.ranks import Ranks
 from optimum_comp.sweep.runner import LayerRunner
-from optimum_comp.utils import format_bytes, get_logger, lookup_arguments, parameter_count, peak_memory_bytes
+from optimum_comp.utils import (
+    format_bytes,
+    get_logger,
+    lookup_arguments,
+    parameter_count,
+    peak_memory_bytes,
+    release_free_memory,
+)
 
 
 logger = get_logger(__name__)
@@ -297,12 +305,16 @@ class CompPruner:
         work = workload_of(self._source, config, allocation, self._ranks)
         batch_size = batch_size or good_batch_size(config.sequence_length, self._source.device)
         # Said now if it can't fit, and once more with what libraries take that are loaded by then.
-        plan_memory(work, batch_size, limit)
+        is_written = unfinished is None and self._ranks.is_first and _is_self(calibration)
+        first = plan_memory(work, batch_size, limit, writing_of(self._source, config) if is_written else None)
         started = time.perf_counter()
         fingerprint = self._ranks.from_first(self._source.check() if self._ranks.is_first else "")
-        samples = self._samples(config, calibration, text_column, unfinished)
+        samples = self._samples(config, calibration, text_column, unfinished, first.written_together)
         self.samples = samples.tokens
+        release_free_memory()
         plan = plan_memory(work, batch_size, limit)
+        if is_written:
+            plan = dataclasses.replace(plan, peak_bytes=max(first.peak_bytes, plan.peak_bytes))
         # The same batches in all processes; and, going on, those that it was begun with: others add up otherwise.
         batch = plan.batch_size if unfinished is None else unfinished.run["batch_size"]
         plan = dataclasses.replace(plan, batch_size=self._ranks.from_first(batch))
@@ -359,6 +371,7 @@ class CompPruner:
         calibration: CalibrationSource | None = None,
         *,
         text_column: str | None = None,
+        max_memory: str | int | None = None,
     ) -> Calibration:
         """The calibration samples that `prune` would make, to be given to it (or to quantization) afterwards.
 
@@ -366,13 +379,23 @@ class CompPruner:
             config: as for `prune`.
             calibration: as for `prune`.
             text_column: as for `prune`.
+            max_memory: as for `prune`; of the model that writes text.
 
         Raises:
-            ValueError: too little text, no such file, no such column, or no text in it.
+            ValueError: too little text or memory, no such file, no such column, or no text in it.
         """
-        config = CompConfig() if config is None else config
-        calibration = SELF if calibration is None else calibration
-        writes = isinstance(calibration, str) and calibration == SELF
+        config, together = CompConfig() if config is None else config, 0
+        if _is_self(calibration):
+            work = workload_of(self._source, config, self.plan(config), self._ranks)
+            limit = None if max_memory is None else parse_bytes(max_memory)
+            batch_size = good_batch_size(config.sequence_length, self._source.device)
+            together = plan_memory(work, batch_size, limit, writing_of(self._source, config)).written_together
+        return self._made_samples(config, calibration, text_column, together)
+
+    def _made_samples(
+        self, config: CompConfig, calibration: CalibrationSource | None, text_column: str | None, together: int
+    ) -> Calibration:
+        calibration, writes = SELF if calibration is None else calibration, _is_self(calibration)
         model = self._source.whole() if writes else self._source.model
         losses = losses_of_model(model) if writes else losses_of_source(self._source)
         return prepare_calibration(
@@ -384,6 +407,7 @@ class CompPruner:
             seed=config.seed,
             text_column=text_column,
             begin=lambda pieces: decide(config.begin, self.tokenizer, pieces, losses, "Blocks"),
+            together=together or None,
         )
 
     def _samples(
@@ -392,6 +416,7 @@ class CompPruner:
         calibration: CalibrationSource | Calibration | None,
         text_column: str | None,
         journal: Journal | None,
+        together: int,
     ) -> Calibration:
         if journal is not None:
             known = journal.run["calibration"]["source"]
@@ -406,7 +431,7 @@ class CompPruner:
         elif self._ranks.is_first and isinstance(calibration, Calibration):
             samples = calibration
         elif self._ranks.is_first:
-            samples = self.sample(config, calibration, text_column=text_column)
+            samples = self._made_samples(config, calibration, text_column, together)
         shared = self._ranks.from_first(samples)
         assert shared is not None
         if shared.tokens.shape != (config.num_samples, config.sequence_length):
@@ -667,6 +692,11 @@ class CompPruner:
 def _sizes(counts: dict[str, int]) -> str:
     heads = f", {counts[HEADS]} heads, {counts[KV]} key-value heads" if HEADS in counts else ""
     return f"{counts[FFN]} neurons{heads}"
+
+
+def _is_self(calibration: CalibrationSource | None) -> bool:
+    """Whether the model is to write its calibration text itself."""
+    return calibration is None or (isinstance(calibration, str) and calibration == SELF)
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

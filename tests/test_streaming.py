@@ -11,20 +11,23 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from conftest import IDS, SIZES, TINY_CONFIGS, tiny_blocks, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPTNeoXConfig
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 
 from optimum_comp import CompConfig, CompPruner
+from optimum_comp.calibration.text import prepare_calibration
 from optimum_comp.checkpoint.opening import find_device
 from optimum_comp.checkpoint.parts import join_parts, write_part
 from optimum_comp.checkpoint.reader import Checkpoint
 from optimum_comp.checkpoint.source import StreamedModel, empty_model, find_matmul_dtype
 from optimum_comp.evaluation import load_model
+from optimum_comp.machine import container_headroom, free_memory
 from optimum_comp.options import parse_bytes
-from optimum_comp.sweep.memory import plan_memory, workload_of
+from optimum_comp.sweep.memory import plan_memory, workload_of, writing_of
 from optimum_comp.sweep.states import ActivationStore
 
 
@@ -373,6 +376,90 @@ def test_a_limit_is_kept_by_smaller_batches_then_files_or_refused_with_the_least
     with pytest.raises(ValueError, match=r"100.0 MB \(max_memory\) is too little: this model needs at least \d+"):
         pruner.prune(config, tiny_blocks(4000, 512), output=tmp_path / "out", max_memory="100MB")
     assert not (tmp_path / "out").exists()
+
+
+def test_text_that_the_model_writes_is_part_of_what_is_planned(tiny_folder):
+    pruner = CompPruner.from_pretrained(tiny_folder)
+    config = CompConfig(**{**CONFIG, "num_samples": 64, "sequence_length": 1024})
+    work = workload_of(pruner._source, config, pruner.plan(config), pruner._ranks)
+    writing = writing_of(pruner._source, config)
+    assert writing.model == 4 * sum(parameter.numel() for parameter in pruner._source.model.parameters())
+    # Keys and values of four layers, two heads of 16 each.
+    assert writing.sample > 2 * 4 * 2 * 16 * 1024 * 4
+    without, free = plan_memory(work, 1, None), plan_memory(work, 1, None, writing)
+    assert (without.written_together, free.written_together) == (0, 64)
+    assert free.peak_bytes > without.peak_bytes
+    base = free.peak_bytes - writing.peak(64)
+    fewer = plan_memory(work, 1, base + writing.peak(20), writing)
+    assert fewer.written_together == 16
+    # In a model that is in memory already, the cache and the logits are left.
+    assert writing_of(CompPruner.from_pretrained(tiny_model("llama"))._source, config).model == 0
+
+
+def test_a_model_that_does_not_fit_writes_no_text(tiny_folder, tmp_path):
+    """Refused before any work, though with a given text it could be pruned."""
+    # Most of it is the embedding.
+    AutoModelForCausalLM.from_config(LlamaConfig(**{**SIZES, "vocab_size": 2_000_000}, **IDS)).save_pretrained(
+        tiny_folder
+    )
+    config = CompConfig(**CONFIG)
+    limit = psutil.Process().memory_info().rss + 750_000_000
+    for calibration in ("self", None):
+        pruner = CompPruner.from_pretrained(tiny_folder, tiny_tokenizer())
+        with pytest.raises(ValueError, match=r"\(self\)(.|\n)*the whole model(.|\n)*--calibration FILE"):
+            pruner.prune(config, calibration, output=tmp_path / "out", max_memory=limit)
+        assert not (tmp_path / "out").exists()
+    CompPruner.from_pretrained(tiny_folder).prune(
+        config, tiny_blocks(8, 32), output=tmp_path / "out", max_memory=limit
+    )
+
+
+def test_any_number_of_samples_is_written_side_by_side():
+    for together in (1, 3, None):
+        samples = prepare_calibration(
+            "self", model=tiny_model("llama"), tokenizer=None, num_samples=4, sequence_length=8, together=together
+        )
+        assert samples.tokens.shape == (4, 8)
+
+
+V1, V2 = ("memory.limit_in_bytes", "memory.usage_in_bytes"), ("memory.max", "memory.current")
+NO_LIMIT = 9223372036854771712
+CGROUPS = {
+    # What proc/self/cgroup says; below sys/fs/cgroup: limit, usage and copies of files; what is left.
+    "innermost": (V2, "0::/slice/job", {"slice/job": (1000, 400, 0), "slice": (5000, 900, 0)}, 600),
+    "an outer one": (V2, "0::/slice/job", {"slice/job": ("max", 400, 0), "slice": (1000, 900, 0)}, 100),
+    "copies of files give way": (V2, "0::/", {"": (1000, 900, 300)}, 400),
+    "none": (V2, "0::/job", {"job": ("max", 400, 0)}, None),
+    "the host's path in a container": (V2, "0::/docker/0123", {"": (1000, 100, 0)}, 900),
+    "version 1": (
+        V1,
+        "5:cpu,cpuacct:/\n4:memory:/slice/job",
+        {"memory/slice/job": (1000, 900, 250), "memory/slice": (NO_LIMIT, 2000, 0), "memory": (NO_LIMIT, 9000, 0)},
+        350,
+    ),
+    "version 1 with version 2 beside it": (V1, "4:memory:/job\n0::/job", {"memory/job": (700, 900, 0)}, 0),
+    "no memory controller": (V1, "3:cpuset:/", {}, None),
+}
+
+
+@pytest.mark.parametrize("name", CGROUPS)
+def test_what_a_container_allows_is_found(name, tmp_path):
+    (limit_name, usage_name), said, groups, left = CGROUPS[name]
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(f"{said}\n")
+    for path, (limit, usage, cached) in groups.items():
+        group = tmp_path / "sys/fs/cgroup" / path
+        group.mkdir(parents=True, exist_ok=True)
+        (group / limit_name).write_text(f"{limit}\n")
+        (group / usage_name).write_text(f"{usage}\n")
+        totals = "total_" if path.startswith("memory") else ""
+        (group / "memory.stat").write_text(f"{totals}inactive_file {cached}\n{totals}active_file 0\nanon 7\n")
+    assert container_headroom(tmp_path) == left
+    assert (free_memory(tmp_path) == left) == (left is not None)
+
+
+def test_without_control_groups_nothing_limits(tmp_path):
+    assert container_headroom(tmp_path) is None
 
 
 def test_the_pruner_without_output_waits_in_a_temporary_folder(tiny_folder, tmp_path):

@@ -18,6 +18,9 @@ from optimum_comp.utils import progress_disabled
 _CACHE_BYTES = 2**31
 _MOST_SAMPLES = 64
 """Samples written side by side: as many as keep the processor busy, and whose KV cache fits into `_CACHE_BYTES`."""
+_LOGIT_BYTES = 128
+"""For each token that may come next, while one is drawn: its logit, sorted with its place, summed up, and copies of
+these; measured."""
 _TOP_P = 0.95
 _TEMPERATURE = 1.0
 
@@ -33,6 +36,7 @@ def write_text(
     start: Sequence[int] = (),
     temperature: float = _TEMPERATURE,
     top_p: float = _TOP_P,
+    together: int | None = None,
 ) -> Tensor:
     """Sample text from the model, starting each sample from what its texts begin with.
 
@@ -47,6 +51,7 @@ def write_text(
         start: tokens that texts begin with; the model's own begin- or end-of-text token if there are none.
         temperature: of the sampling.
         top_p: nucleus of the sampling.
+        together: samples written side by side; another number writes another text. `side_by_side` if `None`.
 
     Returns:
         `[num_samples, sequence_length]`, int64.
@@ -66,11 +71,11 @@ def write_text(
     )
     blocks = []
     with seeded(seed, model.device):
-        side_by_side = _samples_side_by_side(model, sequence_length)
+        together = together or side_by_side(model.config, model.dtype.itemsize, sequence_length)
         tokens = num_samples * sequence_length
         with tqdm(total=tokens, desc="Writing calibration text", unit="tok", disable=progress_disabled()) as progress:
-            for first in range(0, num_samples, side_by_side):
-                prompt = torch.tensor([start], device=model.device).repeat(min(side_by_side, num_samples - first), 1)
+            for first in range(0, num_samples, together):
+                prompt = torch.tensor([start], device=model.device).repeat(min(together, num_samples - first), 1)
                 written = model.generate(
                     prompt,
                     attention_mask=torch.ones_like(prompt),
@@ -116,12 +121,34 @@ class _Counter(BaseStreamer):
         """Nothing is held back."""
 
 
-def _samples_side_by_side(model: Any, sequence_length: int) -> int:
-    config = model.config
+def side_by_side(config: Any, itemsize: int, sequence_length: int) -> int:
+    """How many samples are best written side by side.
+
+    Args:
+        config: of the model.
+        itemsize: bytes of a value that it computes.
+        sequence_length: tokens of a sample.
+    """
+    return max(1, min(_MOST_SAMPLES, _CACHE_BYTES // _cache_bytes(config, itemsize, sequence_length)))
+
+
+def sample_bytes(config: Any, itemsize: int, sequence_length: int) -> int:
+    """What each sample takes that is being written: its KV cache, and what its next token is drawn from.
+
+    Args:
+        config: of the model.
+        itemsize: bytes of a value that it computes.
+        sequence_length: tokens of a sample.
+    """
+    # A layer's part of the cache is there twice while a token is added to it, and its groups repeated for their heads.
+    growing = 4 * config.hidden_size * sequence_length * itemsize
+    return _cache_bytes(config, itemsize, sequence_length) + growing + _LOGIT_BYTES * int(config.vocab_size)
+
+
+def _cache_bytes(config: Any, itemsize: int, sequence_length: int) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    values = 2 * config.num_hidden_layers * heads * head * sequence_length
-    return max(1, min(_MOST_SAMPLES, _CACHE_BYTES // (values * model.dtype.itemsize)))
+    return int(2 * config.num_hidden_layers * heads * head * sequence_length * itemsize)
 
 
 def _start_token(model: nn.Module, tokenizer: Any) -> int:

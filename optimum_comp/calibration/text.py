@@ -77,6 +77,7 @@ def prepare_calibration(
     seed: int = 0,
     text_column: str | None = None,
     begin: Callable[[Tensor], Beginning] | None = None,
+    together: int | None = None,
 ) -> Calibration:
     """Make `num_samples` blocks of `sequence_length` tokens.
 
@@ -90,6 +91,7 @@ def prepare_calibration(
         text_column: the column of a dataset that holds text.
         begin: decides from a few pieces of the text, `[pieces, length]`, what each block begins with; called when
             all else is known to be right. With nothing if `None`. Token blocks are taken as they are.
+        together: samples of `"self"` that are written side by side; as many as are best if `None`.
 
     Raises:
         ValueError: too little text, no such file, no such column, or no text in it.
@@ -105,7 +107,7 @@ def prepare_calibration(
         if model is None:
             raise ValueError('calibration="self" needs the model that is to write the text.')
         start = [] if tokenizer is None else start_tokens(tokenizer)
-        written = write_text(model, tokenizer, num_samples, sequence_length, seed, start=start)
+        written = write_text(model, tokenizer, num_samples, sequence_length, seed, start=start, together=together)
         beginning, room = _decided(begin, written, sequence_length)
         return Calibration(in_front(beginning.tokens, written[:, :room]), SELF, beginning)
     if tokenizer is None:

@@ -276,7 +276,7 @@ class Chain:
             self._samples = _load_samples(self.output / _SAMPLES)
         if self._samples is None:
             config, source, column = self._sampling()
-            made = self.pruner.sample(config, source, text_column=column)
+            made = self.pruner.sample(config, source, text_column=column, max_memory=self.max_memory)
             record = {"stage": "samples", "key": self.samples_key, **made.describe()}
             clear_debris(self.output / _SAMPLES)
             # Not a model, and so never overwritten by `atomic_folder`'s rules.

@@ -10,10 +10,13 @@ from pathlib import Path
 import psutil
 import torch
 
-from optimum_comp.checkpoint.source import ModelSource
+from optimum_comp.beginning import LONGEST
+from optimum_comp.calibration.self_written import sample_bytes, side_by_side
+from optimum_comp.checkpoint.source import ModelSource, StreamedModel
 from optimum_comp.configuration import CompConfig
 from optimum_comp.core.allocation import Allocation
 from optimum_comp.families import FFN
+from optimum_comp.machine import free_memory
 from optimum_comp.sweep.ranks import Ranks
 from optimum_comp.sweep.scoring import LOSS_SAMPLES
 from optimum_comp.utils import format_bytes, parameter_count
@@ -91,12 +94,60 @@ class MemoryPlan:
         spill_inputs: the consumer's inputs are kept in a file.
         spill_states: the hidden states are kept in files.
         peak_bytes: expected peak of this process's memory, all included.
+        written_together: samples of calibration text that the model writes side by side; 0 if it writes none.
     """
 
     batch_size: int
     spill_inputs: bool
     spill_states: bool
     peak_bytes: int
+    written_together: int = 0
+
+
+@dataclass(frozen=True)
+class Writing:
+    """What it takes to have the model write calibration text.
+
+    Attributes:
+        model: bytes of the whole model; 0 where it is in memory already.
+        reading: bytes of the logits of what is read to decide how blocks begin.
+        sample: bytes of each sample that is being written.
+        samples: that are best written side by side.
+    """
+
+    model: int
+    reading: int
+    sample: int
+    samples: int
+
+    def peak(self, together: int) -> int:
+        """Bytes beyond what the process takes already, with so many samples side by side."""
+        return _SLACK + self.model + max(self.reading, together * self.sample)
+
+
+def writing_of(source: ModelSource, config: CompConfig) -> Writing:
+    """The sizes of what a model's own calibration text takes.
+
+    Args:
+        source: the dense model.
+        config: how many samples, and how long.
+    """
+    model, compute, length = source.model, source.compute_dtype.itemsize, config.sequence_length
+    whole = 0
+    if isinstance(source, StreamedModel):
+        # Files of another dtype are mapped into memory while they are widened.
+        stored = sum(source.checkpoint.tensors[name].num_bytes for name in source.names.values())
+        whole = parameter_count(model) * compute
+        whole += stored if stored != whole else 0
+    if source.device.type != "cpu":
+        return Writing(whole, 0, 0, side_by_side(model.config, compute, length))
+    return Writing(
+        whole,
+        # In the model's dtype, in float32, and their logarithms.
+        min(length, LONGEST) * model.config.vocab_size * (compute + 8),
+        sample_bytes(model.config, compute, length),
+        min(config.num_samples, side_by_side(model.config, compute, length)),
+    )
 
 
 def workload_of(source: ModelSource, config: CompConfig, allocation: Allocation, ranks: Ranks) -> Workload:
@@ -142,32 +193,50 @@ def solve_dtype(width: int) -> torch.dtype:
     return torch.float64 if width <= _WIDEST_FLOAT64 else torch.float32
 
 
-def plan_memory(work: Workload, batch_size: int, limit: int | None) -> MemoryPlan:
+def plan_memory(work: Workload, batch_size: int, limit: int | None, writing: Writing | None = None) -> MemoryPlan:
     """Cut the work so that it fits.
 
     Args:
         work: what is to be done.
         batch_size: the largest that is wanted.
-        limit: bytes that this process may take in all; `None` for what the machine has free now.
+        limit: bytes that this process may take in all; `None` for what the machine has free, and its container
+            allows, now.
+        writing: of calibration text, if the model is to write it first.
 
     Raises:
         ValueError: it can't fit; says the least that would do, and what it goes to.
     """
     base = psutil.Process().memory_info().rss
-    room = limit if limit is not None else base + int(0.85 * psutil.virtual_memory().available)
+    room = limit if limit is not None else base + int(0.85 * free_memory())
+    limited = "(max_memory)" if limit is not None else "of free memory"
+    said = f"{format_bytes(room)} {limited} is too little: this model needs at least"
+    there = f"{format_bytes(base)} are Python and its libraries"
+    if work.whole_model:
+        there += f" with the model ({format_bytes(work.whole_model)})"
     plans = [predict(work, MemoryPlan(size, *spilled, 0), base) for size, spilled in _cuts(work, batch_size)]
-    for plan in plans:
-        if plan.peak_bytes <= room:
-            return plan
     least = min(plans, key=lambda plan: plan.peak_bytes)
-    raise ValueError(
-        f"{format_bytes(room)} {'(max_memory)' if limit is not None else 'of free memory'} is too little: this model "
-        f"needs at least {format_bytes(least.peak_bytes)}. Of these, {format_bytes(base)} are Python and its libraries"
-        + (f" with the model ({format_bytes(work.whole_model)})" if work.whole_model else "")
-        + f", {format_bytes(work.layer_parameters * work.compute)} one layer and "
-        f"{format_bytes(work.width**2 * work.solve)} its Gram matrix ({work.width} × {work.width}); samples go "
-        "through one at a time, and what is kept between layers is on disk."
-    )
+    if least.peak_bytes > room:
+        raise ValueError(
+            f"{said} {format_bytes(least.peak_bytes)}. Of these, {there}, "
+            f"{format_bytes(work.layer_parameters * work.compute)} one layer and "
+            f"{format_bytes(work.width**2 * work.solve)} its Gram matrix ({work.width} × {work.width}); samples go "
+            "through one at a time, and what is kept between layers is on disk."
+        )
+    plan = next(plan for plan in plans if plan.peak_bytes <= room)
+    if writing is None:
+        return plan
+    together = writing.samples
+    while together > 1 and base + writing.peak(together) > room:
+        together //= 2
+    peak = base + writing.peak(together)
+    if peak > room:
+        whole = f", {format_bytes(writing.model)} the whole model, which writing needs" if writing.model else ""
+        raise ValueError(
+            f"{said} {format_bytes(peak)} to write its own calibration text (self). Of these, {there}{whole}, and "
+            f"{format_bytes(peak - base - writing.model)} what one sample takes. Give a text, with which a layer at a "
+            "time is in memory: --calibration FILE."
+        )
+    return replace(plan, peak_bytes=max(plan.peak_bytes, peak), written_together=together)
 
 
 def _cuts(work: Workload, batch_size: int) -> list[tuple[int, tuple[bool, bool]]]:
