@@ -414,6 +414,15 @@ def test_a_disk_that_is_too_small_is_said_before_any_work(made, tmp_path, monkey
     assert not (tmp_path / "out").exists()
 
 
+def test_memory_that_is_too_little_is_said_before_any_work(made, tmp_path, caplog):
+    with pytest.raises(ValueError, match=r"export needs about .* of memory, and 100\.0 MB are allowed \(max_memory\)"):
+        run_recipe(Recipe.from_dict(recipe_of(made)), tmp_path / "out", max_memory="100MB")
+    assert not (tmp_path / "out").exists()
+    with caplog.at_level("INFO", logger="transformers.optimum_comp"):
+        run_recipe(Recipe.from_dict(recipe_of(made)), tmp_path / "out", max_memory="1.5GB")
+    assert re.search(r"steps after pruning may take: export .*, quantize .*, bundle ", caplog.text)
+
+
 def test_a_model_folder_is_no_output(made, tmp_path):
     shutil.copytree(made / "model", tmp_path / "mine")
     before = weights(tmp_path)

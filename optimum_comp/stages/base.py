@@ -116,6 +116,10 @@ class Stage(ABC):
         """Space that making the result takes on the disk at its worst, the result included; about."""
         return 0
 
+    def memory_bytes(self, chain: Chain) -> dict[str, int]:
+        """What it takes of memory at its worst, about, by the name of the work; nothing if it keeps to a limit itself."""
+        return {}
+
     def record(self, key: str, parent: str, chain: Chain) -> dict[str, Any]:
         """What the result is known by."""
         return {"stage": self.name, "key": key, "parent": parent, "settings": self.identity(chain)}

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from optimum_comp.bundle import write_bundle
+from optimum_comp.chain_memory import BUNDLE as BUNDLE_STEP
+from optimum_comp.chain_memory import predict_peak
 from optimum_comp.onnx.genai import find_environment
 from optimum_comp.onnx.recipes import TARGETS
 from optimum_comp.onnx.runtime import require_onnxruntime
@@ -77,6 +79,10 @@ class Bundle(Stage):
     def disk_bytes(self, chain: Any) -> int:
         """See `Stage`; 8 bits at most, and the graphs."""
         return int(1.2 * chain.parameters_after)
+
+    def memory_bytes(self, chain: Any) -> dict[str, int]:
+        """See `Stage`."""
+        return {BUNDLE_STEP: predict_peak(BUNDLE_STEP, chain.sizes)}
 
     def run(self, source: Artifact, target: Path, chain: Any, record: Mapping[str, Any]) -> dict[str, Any]:
         """See `Stage`."""

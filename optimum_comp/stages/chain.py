@@ -14,11 +14,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from optimum_comp.beginning import Beginning
 from optimum_comp.calibration.text import SELF, Calibration, CalibrationSource
+from optimum_comp.chain_memory import (
+    EVALUATE,
+    EVALUATE_ONNX,
+    Load,
+    ModelSizes,
+    predict_peak,
+    require_memory,
+    sizes_of,
+)
 from optimum_comp.checkpoint.reader import resolve_folder, weight_files
 from optimum_comp.configuration import CompConfig
 from optimum_comp.evaluation import Evaluation, Settings, count_parameters, evaluate_apart, weight_bytes
@@ -40,6 +50,7 @@ from optimum_comp.stages.base import (
     BUNDLE,
     CHECKPOINT,
     DENSE,
+    ONNX,
     Artifact,
     Stage,
     digest,
@@ -215,6 +226,21 @@ class Chain:
         return weight_bytes(self._folder) / count_parameters(self._config)
 
     @cached_property
+    def dense_sizes(self) -> ModelSizes:
+        """What memory follows from, of the dense model."""
+        return sizes_of(self._config, torch.float32 if self.bytes_per_parameter > 3 else torch.bfloat16)
+
+    @property
+    def sizes(self) -> ModelSizes:
+        """The same of the model that is exported."""
+        return dataclasses.replace(self.dense_sizes, parameters=self.parameters_after)
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of a calibration sample."""
+        return self._sampling()[0].sequence_length
+
+    @cached_property
     def _config(self) -> Any:
         from transformers import AutoConfig
 
@@ -367,7 +393,24 @@ class Chain:
             stage.check(self)
         for step in self._steps:
             self._check_place(step)
+        self._require_memory()
         check_disk(self.output, sum(step.stage.disk_bytes(self) for step in self._steps if not step.is_there))
+
+    def _require_memory(self) -> None:
+        """Say what the steps behind pruning, which keeps to a limit itself, need of memory; refuse what can't fit."""
+        steps: dict[str, int] = {}
+        for step in self._steps:
+            if not step.is_there:
+                steps |= step.stage.memory_bytes(self)
+        if self.measure is not None:
+            window = Load(self.measure.window)
+            steps[EVALUATE] = predict_peak(EVALUATE, self.dense_sizes, window)
+            if any(step.made.kind == ONNX for step in self._steps):
+                steps[EVALUATE_ONNX] = predict_peak(EVALUATE_ONNX, self.sizes, window)
+        require_memory(steps, self.max_memory)
+        if steps:
+            told = ", ".join(f"{name} {format_bytes(size)}" for name, size in steps.items())
+            logger.info("Memory that the steps after pruning may take: %s.", told)
 
     def _check_output(self) -> None:
         sources = [Path(self.model)] if Path(self.model).exists() else []

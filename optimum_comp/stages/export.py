@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from optimum_comp.chain_memory import EXPORT, predict_peak
 from optimum_comp.onnx.export import export_onnx
 from optimum_comp.onnx.parity import TOLERANCE
 from optimum_comp.onnx.runtime import require_onnxruntime
@@ -66,6 +67,10 @@ class Export(Stage):
     def disk_bytes(self, chain: Any) -> int:
         """See `Stage`; float32, and once more while the exporter puts it together."""
         return 8 * int(chain.parameters_after)
+
+    def memory_bytes(self, chain: Any) -> dict[str, int]:
+        """See `Stage`."""
+        return {EXPORT: predict_peak(EXPORT, chain.sizes)}
 
     def run(self, source: Artifact, target: Path, chain: Any, record: Mapping[str, Any]) -> dict[str, Any]:
         """See `Stage`."""

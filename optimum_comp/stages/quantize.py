@@ -13,6 +13,7 @@ from torch import Tensor
 
 from optimum_comp.beginning import Beginning, decide, losses_of_model
 from optimum_comp.calibration.text import PYDOC, SELF, prepare_calibration
+from optimum_comp.chain_memory import QUANTIZE, SEARCH, Load, predict_peak
 from optimum_comp.checkpoint.opening import trusted
 from optimum_comp.configuration import BEGINS
 from optimum_comp.evaluation import is_onnx_folder, load_model
@@ -170,6 +171,12 @@ class Quantize(Stage):
     def disk_bytes(self, chain: Any) -> int:
         """See `Stage`; the graph that is on its way is float32 where its weights aren't in blocks."""
         return 5 * int(chain.parameters_after)
+
+    def memory_bytes(self, chain: Any) -> dict[str, int]:
+        """See `Stage`."""
+        step = QUANTIZE if self.settings.budget is None else SEARCH
+        load = Load(chain.sequence_length, self.settings.wants_text)
+        return {step: predict_peak(step, chain.sizes, load)}
 
     def run(self, source: Artifact, target: Path, chain: Any, record: Mapping[str, Any]) -> dict[str, Any]:
         """See `Stage`."""
