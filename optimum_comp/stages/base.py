@@ -117,7 +117,7 @@ class Stage(ABC):
         return 0
 
     def memory_bytes(self, chain: Chain) -> dict[str, int]:
-        """What it takes of memory at its worst, about, by the name of the work; nothing if it keeps to a limit itself."""
+        """What it takes of memory at its worst, by the name of the work; nothing if it keeps to a limit itself."""
         return {}
 
     def record(self, key: str, parent: str, chain: Chain) -> dict[str, Any]:
