@@ -22,6 +22,7 @@ _MMAP_THRESHOLD = -3
 """`M_MMAP_THRESHOLD` of glibc's malloc.h."""
 
 _LARGE_BLOCK = 8 * 2**20
+_LONGEST_SHOWN = 200
 
 ROOT_LOGGER = "transformers.optimum_comp"
 """A child of transformers' logger: its level, its handler and `TRANSFORMERS_VERBOSITY` hold here too."""
@@ -62,6 +63,12 @@ def plain_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
                 "lists of them."
             ) from error
     return plain
+
+
+def shown(text: str) -> str:
+    """A text from a file as an error may show it: in one line, without a terminal's commands, not for ever."""
+    text = text if text.isprintable() else repr(text)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
 def format_bytes(size: float) -> str:

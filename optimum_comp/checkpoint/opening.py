@@ -52,7 +52,7 @@ def open_source(
     beyond = sorted(set(kwargs) - set(lookup) - _STREAMABLE)
     folder = None if "gguf_file" in kwargs else resolve_folder(name, lookup)
     if folder is not None and not (trusts_pickle and not weight_files(folder)):
-        require_safetensors(name, folder)
+        require_safetensors(name, folder, lookup)
         if not beyond:
             return _streamed(folder, config, family, device, kwargs)
     if beyond:
