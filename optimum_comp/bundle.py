@@ -37,7 +37,7 @@ from optimum_comp.onnx.noise import without_noise
 from optimum_comp.onnx.quantization import check_onnx_folder
 from optimum_comp.onnx.recipes import find_target
 from optimum_comp.onnx.runtime import require_onnxruntime
-from optimum_comp.utils import format_bytes, get_logger
+from optimum_comp.utils import format_bytes, get_logger, is_there, shown
 
 
 logger = get_logger(__name__)
@@ -213,7 +213,7 @@ def verify_bundle(folder: str | Path) -> BundleReport:
             manifest["genai"]["agrees"],
             manifest["notes"],
         )
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BundleError(f"{path} is damaged: {error!r}.") from error
     if report.size_bytes != manifest.get("total_bytes"):
         raise BundleError(f"{path} is damaged: its files have {report.size_bytes} bytes, not total_bytes.")
@@ -225,11 +225,11 @@ def verify_bundle(folder: str | Path) -> BundleReport:
 
 def _check_file(folder: Path, name: str, size: int, digest: str) -> None:
     parts = PurePosixPath(name)
-    if parts.is_absolute() or ".." in parts.parts or "\\" in name:
-        raise BundleError(f"{folder / MANIFEST} names {name!r}, which is not in the bundle.")
+    if parts.is_absolute() or ".." in parts.parts or "\\" in name or not name.isprintable():
+        raise BundleError(f"{folder / MANIFEST} names {shown(name)!r}, which is not in the bundle.")
     path = folder / parts
-    if not path.is_file():
-        raise BundleError(f"{path} is missing.")
+    if not is_there(path) or not path.is_file():
+        raise BundleError(f"{shown(path)} is missing.")
     if path.stat().st_size != size:
         raise BundleError(f"{path} has {path.stat().st_size} bytes; the manifest says {size}.")
     if _sha256(path) != digest:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from optimum_comp.strict_json import read_object
 from optimum_comp.utils import progress_disabled, shown
 
 
@@ -93,6 +93,11 @@ class Checkpoint:
                     f"{file.name}: {shown(name)} has dtype {dtype}; COMP prunes weights of {', '.join(_FLOATS)}. Of a "
                     "quantized checkpoint, give the one that it was made from."
                 )
+            if math.prod(max(size, 1) for size in shape) >= 2**60:
+                # One of its sizes is 0, and so it fits into the file, but not into torch.
+                raise ValueError(
+                    f"{file.name}: {shown(name)} has shape {shown(list(shape))}, which is too large. Get it anew."
+                )
             self.tensors[name] = StoredTensor(file, _FLOATS[dtype], shape)
 
     def read(self, name: str) -> Tensor:
@@ -137,7 +142,7 @@ def open_weights(file: Path) -> Iterator[Any]:
             yield weights
     except SafetensorError as error:
         raise ValueError(
-            f"{file.name} is not a whole safetensors file ({shown(str(error))}): it is damaged or was not downloaded "
+            f"{file.name} is not a whole safetensors file ({shown(error)}): it is damaged or was not downloaded "
             "to its end. Get it anew."
         ) from error
 
@@ -152,10 +157,10 @@ def _files(folder: Path) -> dict[Path, list[str] | None]:
     if not (folder / INDEX).is_file():
         return {folder / WEIGHTS: None}
     try:
-        placed = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        placed = read_object(folder / INDEX)["weight_map"]
         pairs = [(str(name), str(file)) for name, file in placed.items()]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{INDEX} is damaged: it has no readable weight_map ({error}).") from error
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{INDEX} is damaged: it has no readable weight_map ({shown(error)}).") from error
     # By the list of names, since some that an index can hold are too long to be looked for.
     there = {path.name for path in folder.iterdir() if path.is_file()}
     files: dict[Path, list[str] | None] = {}

@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from optimum_comp.beginning import Beginning
-from optimum_comp.calibration.text import SELF, Calibration, CalibrationSource
+from optimum_comp.calibration.text import PYDOC, SELF, Calibration, CalibrationSource, read_text
+from optimum_comp.checkpoint.opening import open_config
 from optimum_comp.checkpoint.reader import resolve_folder, weight_files
 from optimum_comp.configuration import CompConfig
 from optimum_comp.evaluation import Evaluation, Settings, count_parameters, evaluate_apart, weight_bytes
@@ -210,9 +211,7 @@ class Chain:
 
     @cached_property
     def _config(self) -> Any:
-        from transformers import AutoConfig
-
-        return AutoConfig.from_pretrained(self.model, **lookup_arguments(self.loading))
+        return open_config(self.model, lookup_arguments(self.loading))
 
     @cached_property
     def _folder(self) -> Path:
@@ -361,6 +360,12 @@ class Chain:
             stage.check(self)
         for step in self._steps:
             self._check_place(step)
+        texts: list[Any] = [(self.measure.text, self.measure.text_column)] if self.measure is not None else []
+        if any(not step.is_there and self._needs_samples(step.stage) for step in self._steps):
+            texts.append(self._sampling()[1:])
+        for text, column in texts:
+            if isinstance(text, (str, Path)) and str(text) not in (SELF, PYDOC):
+                read_text(text, column, 1)
 
     def _check_output(self) -> None:
         sources = [Path(self.model)] if Path(self.model).exists() else []
