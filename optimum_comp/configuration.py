@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from optimum.configuration_utils import BaseConfig
@@ -19,6 +20,8 @@ from optimum_comp.options import (
     require_known,
     signature_defaults,
 )
+from optimum_comp.strict_json import read_object
+from optimum_comp.utils import explaining, shown
 
 
 AXES = ("ffn", "kv", "heads")
@@ -178,6 +181,22 @@ class CompConfig(BaseConfig):
             ValueError: there is no such preset, or a field is out of range.
         """
         return cls(**{**PRESETS[Choice(tuple(PRESETS)).check("preset", name)], **overrides})
+
+    @classmethod
+    def get_config_dict(cls, name: Any, **kwargs: Any) -> Any:
+        """What a stored configuration holds, and the arguments that are left.
+
+        Raises:
+            OSError: there is none.
+            ValueError: it is damaged.
+        """
+        with explaining(f"{shown(name)} has no {cls.CONFIG_NAME} that can be read; give another folder or hub id"):
+            return super().get_config_dict(name, **kwargs)
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: Any) -> dict[str, Any]:
+        """What a stored configuration holds; see `read_object`."""
+        return read_object(Path(json_file))
 
     def fields(self) -> dict[str, Any]:
         """All fields by name."""

@@ -25,9 +25,10 @@ from tqdm.auto import tqdm
 
 from optimum_comp.beginning import Beginning, decide, in_front, losses_of_model, spread, start_tokens
 from optimum_comp.calibration.text import PYDOC, first_tokens, read_beginning, read_text, tokenize
-from optimum_comp.checkpoint.opening import trusted
+from optimum_comp.checkpoint.opening import open_config, trusted
 from optimum_comp.checkpoint.reader import resolve_folder
 from optimum_comp.checkpoint.source import empty_model
+from optimum_comp.checkpoint.tokenizer import open_tokenizer
 from optimum_comp.configuration import BEGINS
 from optimum_comp.core.layer_scores import next_token_loss
 from optimum_comp.files import check_model
@@ -35,6 +36,7 @@ from optimum_comp.onnx.folders import GRAPH_FILES
 from optimum_comp.options import Choice, Integer, Integers, Text, Texts, option, settings_class
 from optimum_comp.report.run import recorded_beginning
 from optimum_comp.utils import (
+    explaining,
     file_bytes,
     get_logger,
     lookup_arguments,
@@ -42,6 +44,7 @@ from optimum_comp.utils import (
     peak_memory_bytes,
     plain_arguments,
     progress_disabled,
+    shown,
 )
 
 
@@ -188,7 +191,9 @@ def load_model(path: str | Path, threads: int | None = None, **kwargs: Any) -> t
 
     if threads is not None:
         torch.set_num_threads(threads)
-    return AutoModelForCausalLM.from_pretrained(path, **trusted(path, kwargs)).eval(), "pytorch"
+    arguments = trusted(path, kwargs)
+    with explaining(f"{shown(path)} can't be loaded"):
+        return AutoModelForCausalLM.from_pretrained(path, **arguments).eval(), "pytorch"
 
 
 def evaluate(path: str | Path, settings: Settings, **kwargs: Any) -> Evaluation:
@@ -204,12 +209,12 @@ def evaluate(path: str | Path, settings: Settings, **kwargs: Any) -> Evaluation:
     Raises:
         ValueError: the text is shorter than one window.
     """
-    from transformers import AutoConfig, AutoTokenizer
-
     check_model(path)
+    # The folder's own: ONNX Runtime's model puts its attention implementation into its copy.
+    config = open_config(str(path), lookup_arguments(kwargs))
     tokens, name = None, None
     if settings.text is not None or settings.prompts:
-        tokenizer = AutoTokenizer.from_pretrained(path, **lookup_arguments(kwargs))
+        tokenizer = open_tokenizer(path, lookup_arguments(kwargs))
     if settings.text is not None:
         tokens, name = _text_tokens(settings, tokenizer)
         if tokens.numel() < settings.window:
@@ -220,8 +225,6 @@ def evaluate(path: str | Path, settings: Settings, **kwargs: Any) -> Evaluation:
         _require_room(settings, tokenizer)
     started = time.perf_counter()
     model, runtime = load_model(path, settings.threads, **kwargs)
-    # The folder's own config: ONNX Runtime's model has put its attention implementation into its copy.
-    config = AutoConfig.from_pretrained(path, **lookup_arguments(kwargs))
     result = Evaluation(str(path), runtime, count_parameters(config), weight_bytes(path))
     result.load_seconds = time.perf_counter() - started
     result.threads = settings.threads or torch.get_num_threads()

@@ -16,6 +16,8 @@ from filelock import FileLock, Timeout
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from optimum_comp.utils import explaining, is_there, shown
+
 
 COMPRESSION_SUMMARY = "comp_compress.json"
 RECIPE = "comp_recipe.yaml"
@@ -52,7 +54,10 @@ def check_folder(
         PermissionError: nothing can be written there.
         ValueError: the target is one of the sources, inside one, or around one.
     """
-    shown, target = target, Path(target).resolve()
+    shown, target = target, Path(target)
+    with explaining(f"the output folder can't be {target!s:.80}; choose another"):
+        target.exists()
+    target = target.resolve()
     for source in (Path(source).resolve() for source in sources if Path(source).exists()):
         if target == source:
             raise ValueError(f"The output folder {shown} is also the input. Choose another output folder.")
@@ -80,6 +85,18 @@ def check_folder(
     if not any((target / marker).is_file() for marker in _MARKERS):
         raise FileExistsError(f"{shown} isn't replaced: without a {_MARKERS[0]} it doesn't look like a model folder.")
     return target
+
+
+def check_file(target: Path | None) -> None:
+    """Refuse a file that can't be written, before the work whose result is to be in it.
+
+    Raises:
+        OSError: it is a folder, is under a file, or nothing may be written there.
+    """
+    if target is not None and target.is_dir():
+        raise IsADirectoryError(f"{target} is a folder; give a file.")
+    if target is not None:
+        _require_writable(target.resolve().parent, target)
 
 
 def _require_writable(folder: Path, shown: str | Path) -> None:
@@ -152,15 +169,24 @@ def check_model(folder: str | Path) -> None:
 
     Raises:
         FileNotFoundError: there is no such folder, and no model on the hub can have that name.
-        ValueError: the folder is unfinished; tells how to go on.
+        NotADirectoryError: it is a file.
+        ValueError: it is no name, or the folder is unfinished; tells how to go on.
     """
-    if not Path(folder).exists():
+    if not isinstance(folder, (str, os.PathLike)):
+        raise ValueError(f"model={folder!r:.80} is not valid: give a folder, or a model's name on the hub.")
+    # Of nothing, `Path` makes the folder that one is in.
+    if not is_there(folder) or not str(folder):
         try:
             validate_repo_id(str(folder))
         except HFValidationError as error:
             raise FileNotFoundError(
-                f"there is no folder {folder}. Give a folder, or a model on the hub as NAME or NAMESPACE/NAME."
+                f"there is no folder {shown(folder) or repr('')}. Give a folder, or a model on the hub as NAME or "
+                "NAMESPACE/NAME."
             ) from error
+    elif not Path(folder).is_dir():
+        raise NotADirectoryError(
+            f"{shown(folder)} is a file. Give the model's folder; of a GGUF file, its folder and --gguf-file NAME."
+        )
     if (Path(folder) / JOURNAL).is_file():
         raise ValueError(
             f"{folder} is unfinished: a pruning run was interrupted there. Go on with\n"

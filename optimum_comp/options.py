@@ -132,8 +132,10 @@ class Integer:
 
     def check(self, field: str, value: Any) -> int:
         """See `Kind`."""
-        if isinstance(value, bool) or not isinstance(value, Integral) or not self.low <= int(value) < 2**63:
+        if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < self.low:
             raise refuse(field, value, f"an integer >= {self.low}")
+        if int(value) >= 2**63:
+            raise refuse(field, value, f"an integer >= {self.low} and below 2**63")
         return int(value)
 
     def parse(self, text: str) -> Any:

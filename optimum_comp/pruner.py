@@ -7,6 +7,7 @@ import dataclasses
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,12 +17,12 @@ from torch import nn
 
 from optimum_comp.beginning import decide, losses_of_model, losses_of_source
 from optimum_comp.calibration.text import SELF, Calibration, CalibrationSource, prepare_calibration, source_name
-from optimum_comp.checkpoint.opening import find_device, open_source
+from optimum_comp.checkpoint.opening import GENERATION_CONFIG, find_device, open_config, open_source
 from optimum_comp.checkpoint.parts import join_parts
 from optimum_comp.checkpoint.reader import weight_files
 from optimum_comp.checkpoint.rope import require_portable
 from optimum_comp.checkpoint.source import ModelSource, ResidentModel, StreamedModel, find_matmul_dtype, part_name
-from optimum_comp.checkpoint.tokenizer import has_tokenizer
+from optimum_comp.checkpoint.tokenizer import has_tokenizer, open_tokenizer
 from optimum_comp.checkpoint.writer import fill_folder, upload
 from optimum_comp.configuration import CompConfig
 from optimum_comp.core.allocation import Allocation, allocate
@@ -29,7 +30,7 @@ from optimum_comp.families import FFN, HEADS, KV, LAYERS, family_of, renumber
 from optimum_comp.families.check import check_family, check_plan, check_result, shape_of, units_after
 from optimum_comp.families.cutting import apply_to_config
 from optimum_comp.files import atomic_folder, check_model
-from optimum_comp.options import parse_bytes
+from optimum_comp.options import Integer, parse_bytes
 from optimum_comp.report.run import CompReport, library_versions
 from optimum_comp.scratch import make_scratch
 from optimum_comp.strict_json import plain_object
@@ -61,8 +62,6 @@ from optimum_comp.utils import (
 
 
 logger = get_logger(__name__)
-
-GENERATION_CONFIG = "generation_config.json"
 
 
 class CompPruner:
@@ -124,7 +123,7 @@ class CompPruner:
                 before any weight is read.
             OSError: there is no such model.
         """
-        from transformers import AutoConfig, AutoTokenizer
+        from transformers import PretrainedConfig
 
         where = find_device(device)
         if isinstance(model, nn.Module):
@@ -134,15 +133,19 @@ class CompPruner:
             family = family_of(own)
             require_portable(own.to_dict(), type(model).__name__)
             return cls(ResidentModel(model.eval(), family), tokenizer)
+        check_model(model)
         name = str(model)
-        check_model(name)
         lookup = lookup_arguments(kwargs)
-        config = kwargs.get("config") or AutoConfig.from_pretrained(name, **lookup)
+        config = kwargs.get("config") or open_config(name, lookup)
+        if not isinstance(config, PretrainedConfig):
+            raise ValueError(f"config={config!r:.80} is not valid: give a config of transformers.")
         source = open_source(name, config, where, lookup, kwargs)
-        if isinstance(tokenizer, (str, Path)):
-            tokenizer = AutoTokenizer.from_pretrained(str(tokenizer))
+        if isinstance(tokenizer, (str, PathLike)):
+            tokenizer = open_tokenizer(tokenizer)
+        elif tokenizer is not None and not callable(tokenizer):
+            raise ValueError(f"tokenizer={tokenizer!r:.80} is not valid: give a tokenizer, a folder or a hub id.")
         elif tokenizer is None and has_tokenizer(name, lookup):
-            tokenizer = AutoTokenizer.from_pretrained(name, **lookup)
+            tokenizer = open_tokenizer(name, lookup)
         elif tokenizer is None:
             logger.warning("%s has no tokenizer: only token blocks or self-calibration can be used.", name)
         return cls(source, tokenizer, name, **lookup)
@@ -255,8 +258,11 @@ class CompPruner:
             OSError: no space left (then the run can be gone on with), `output` can't be written, or another process
                 is at work in it.
         """
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size={batch_size!r} is not valid: it must be an integer >= 1.")
+        if batch_size is not None:
+            batch_size = Integer(1).check("batch_size", batch_size)
+        max_shard_size = parse_bytes(max_shard_size, "max_shard_size")
+        if config is not None and not isinstance(config, CompConfig):
+            raise ValueError(f"config={config!r:.80} is not valid: give a CompConfig.")
         if self.report is not None or self._interrupted:
             raise RuntimeError("this model has been pruned already; load it again with CompPruner.from_pretrained.")
         self._record = None if record is None else plain_object(record, "record")
@@ -655,7 +661,7 @@ class CompPruner:
         """
         self._finished()
         folder = Path(save_directory)
-        max_shard_size = kwargs.pop("max_shard_size", "5GB")
+        max_shard_size = parse_bytes(kwargs.pop("max_shard_size", "5GB"), "max_shard_size")
         if kwargs and not push_to_hub:
             raise TypeError(f"save_pretrained got arguments it doesn't know: {', '.join(sorted(kwargs))}.")
         if self._folder is None or folder.resolve() != self._folder.resolve():

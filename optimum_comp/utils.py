@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import logging
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,45 @@ def plain_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
                 "lists of them."
             ) from error
     return plain
+
+
+def shown(text: object, longest: int = 200) -> str:
+    """A text from a file as an error may show it: in one line, without a terminal's commands, not for ever."""
+    text = str(text) if str(text).isprintable() else repr(str(text))
+    return text if len(text) <= longest else f"{text[:longest]}..."
+
+
+@contextlib.contextmanager
+def explaining(problem: str, kind: type[Exception] | None = None) -> Iterator[None]:
+    """Whatever another library raises over what a user gave, as one line that says what the problem is.
+
+    Libraries that read a model's files raise all kinds of errors when these are damaged, some with lists of all that
+    they know. What isn't installed is left to them.
+
+    Args:
+        problem: said first, and then their words.
+        kind: of the error.
+
+    Raises:
+        OSError: something isn't there, or can't be reached; if `kind` is `None`.
+        ValueError: anything else; if `kind` is `None`.
+    """
+    try:
+        yield
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:
+        kind = kind or (OSError if isinstance(error, OSError) else ValueError)
+        first = next(iter(str(error).strip().splitlines()), "")
+        raise kind(f"{problem} ({type(error).__name__}: {shown(first, 400)})") from error
+
+
+def is_there(path: str | Path) -> bool:
+    """Whether there is a file or folder; not, where no file can have that name."""
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):
+        return False
 
 
 def format_bytes(size: float) -> str:

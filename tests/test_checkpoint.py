@@ -1,16 +1,23 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
 from conftest import tiny_blocks, tiny_model, tiny_tokenizer
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_resume import interrupted, prune
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, LlamaModel, MixtralConfig, T5Config
 
 from optimum_comp import CompConfig, CompPruner
+from optimum_comp.checkpoint.reader import Checkpoint, require_safetensors
+from optimum_comp.evaluation import load_model
 
 
 CONFIG = {"sparsity": 0.3, "num_samples": 8, "sequence_length": 32, "round_to": 8}
@@ -129,6 +136,122 @@ def test_bad_activations_name_the_layer_and_leave_nothing(tmp_path):
     with pytest.raises(RuntimeError, match="was interrupted"):
         pruner.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def fingerprint(folder) -> str:
+    checkpoint = Checkpoint.open(folder)
+    return checkpoint.require_finite(checkpoint.tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fingerprint_is_of_the_values_in_their_order(dtype, tmp_path):
+    tensors = {"a": torch.randn(600, 700).to(dtype), "b": torch.zeros(3, dtype=dtype), "empty": torch.zeros(0, 4)}
+    tensors["scalar"] = torch.tensor(1.5, dtype=dtype)
+    others = [
+        {"a": tensors["a"].flip(0)},
+        {"a": tensors["a"].index_copy(1, torch.tensor([698, 699]), tensors["a"][:, [699, 698]])},
+        {"a": tensors["a"].view(700, 600)},
+        {"b": -tensors["b"]},
+        {"b": tensors["b"].view(torch.int16 if dtype == torch.bfloat16 else torch.int32).view(torch.float16)},
+    ]
+    found = []
+    for number, change in enumerate([{}, {}, *others]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        save_file(
+            {name: each.contiguous() for name, each in {**tensors, **change}.items()}, folder / "model.safetensors"
+        )
+        found.append(fingerprint(folder))
+    assert found[0] == found[1] and len(set(found)) == 1 + len(others)
+
+
+@pytest.mark.parametrize("place", [0, 2**18 - 1, 2**18, 419_999])
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+def test_a_bad_weight_is_found_wherever_it_is(place, bad, tmp_path):
+    values = torch.zeros(420_000)
+    values[place] = bad
+    save_file({"a": values}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="a holds NaN or infinite weights"):
+        fingerprint(tmp_path)
+
+
+def test_going_on_with_the_same_weights_in_another_order_is_refused(tiny_folder, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    interrupted(tiny_folder, output, monkeypatch)
+    weights = load_file(tiny_folder / "model.safetensors")
+    name = "model.layers.3.mlp.up_proj.weight"
+    save_file({**weights, name: weights[name].flip(0)}, tiny_folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="has weights="):
+        prune(tiny_folder, output, resume=True)
+
+
+OTHER_WEIGHTS = [
+    ("model.bin", ""),
+    ("adapter.bin", ""),
+    ("pytorch_model-00001-of-00002.bin", ""),
+    ("consolidated.00.pth", ""),
+    ("model.pt", ""),
+    ("last.ckpt", ""),
+    ("flax_model.msgpack", ""),
+    ("tf_model.h5", ""),
+    ("pytorch_model.bin", "convert it once"),
+    ("pytorch_model.bin.index.json", "convert it once"),
+]
+
+
+@pytest.mark.parametrize(("name", "advice"), OTHER_WEIGHTS)
+def test_weights_of_another_kind_are_named(name, advice, tiny_folder):
+    (tiny_folder / "model.safetensors").rename(tiny_folder / name)
+    advice = advice or "load the model with what wrote it"
+    for refused in (lambda: CompPruner.from_pretrained(tiny_folder), lambda: load_model(tiny_folder)):
+        with pytest.raises(ValueError, match=advice) as caught:
+            refused()
+        assert name in str(caught.value) and "pickle" in str(caught.value)
+    (tiny_folder / name).unlink()
+    with pytest.raises(OSError, match="holds no weights"):
+        CompPruner.from_pretrained(tiny_folder)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """What of the hub's interface a look at the names in a repository needs."""
+
+    names: tuple[str, ...] = ()
+    log_message = staticmethod(lambda *_: None)
+
+    def do_GET(self):
+        files = [{"type": "file", "path": name, "size": 9, "oid": "0" * 40} for name in self.names]
+        body = json.dumps(files).encode()
+        self.send_response(200 if self.path.startswith("/api/models/some/model/tree/main") else 404)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.mark.parametrize(
+    ("names", "subfolder", "error", "message"),
+    [
+        (("config.json", "pytorch_model.bin"), "", "ValueError", "as a pickle (pytorch_model.bin)"),
+        (("config.json", "model.bin"), "", "ValueError", "no safetensors weights, but model.bin"),
+        (("config.json", "old/model.bin"), "", "OSError", "holds no weights"),
+        (("config.json", "old/model.bin"), "old", "ValueError", "no safetensors weights, but model.bin"),
+    ],
+)
+def test_on_the_hub_names_alone_are_looked_at(names, subfolder, error, message, tmp_path, monkeypatch):
+    """Files that aren't there are never asked for: this hub has none."""
+    monkeypatch.setattr(Hub, "names", names)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        code = (
+            "from pathlib import Path; from optimum_comp.checkpoint.reader import require_safetensors\n"
+            f"require_safetensors('some/model', Path({str(tmp_path)!r}), {{'subfolder': {subfolder!r}}})"
+        )
+        given = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0", "NO_PROXY": "*"}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env={**os.environ, **given}, capture_output=True, text=True)
+        server.shutdown()
+    assert f"{error}: some/model holds " in done.stderr and message in done.stderr
+    with pytest.raises(OSError, match="holds no weights"):
+        require_safetensors("some/model", tmp_path, {"local_files_only": True})
 
 
 @pytest.mark.parametrize(

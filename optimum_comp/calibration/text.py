@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from optimum_comp.beginning import Beginning, in_front, spread, start_tokens
-from optimum_comp.utils import get_logger, progress_disabled
+from optimum_comp.utils import explaining, get_logger, is_there, progress_disabled, shown
 
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ PYDOC = "pydoc"
 
 _BUILDERS = {".txt": "text", ".text": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 _BUILDERS[".parquet"] = "parquet"
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 # A hub dataset is streamed only until there is this many times the text that is needed, so that a choice of blocks
 # remains without terabytes being downloaded.
@@ -100,7 +102,9 @@ def prepare_calibration(
     if limit is not None and sequence_length > limit:
         raise ValueError(f"sequence_length={sequence_length} is more than the {limit} tokens that the model can read.")
     if isinstance(source, Tensor):
-        return Calibration(_checked_blocks(source, num_samples, sequence_length), TOKEN_BLOCKS)
+        blocks = _checked_blocks(source, num_samples, sequence_length)
+        _require_known(blocks, model, TOKEN_BLOCKS)
+        return Calibration(blocks, TOKEN_BLOCKS)
     if isinstance(source, str) and source == SELF:
         from optimum_comp.calibration.self_written import write_text
 
@@ -116,6 +120,7 @@ def prepare_calibration(
     tokens = tokenize(tokenizer, text)
     # As if blocks began with nothing: so the same text is enough whatever is decided.
     _require(tokens.numel(), num_samples, sequence_length, name)
+    _require_known(tokens, model, "what the tokenizer makes of the text")
     beginning, _ = _decided(begin, tokens, sequence_length)
     blocks = choose_blocks(tokens, num_samples, sequence_length, seed, name, beginning.tokens)
     return Calibration(blocks, name, beginning)
@@ -138,11 +143,14 @@ def read_text(source: Any, text_column: str | None = None, needed: int | None = 
         return _joined(list(topics.values()), PYDOC), PYDOC
     if isinstance(source, (str, Path)):
         path = Path(source)
-        if path.is_file():
+        if is_there(path) and path.is_file():
             return _joined(_read_file(path, text_column), str(path.name)), path.name
-        if path.is_dir() or path.suffix.lower() in _BUILDERS:
-            problem = "is a folder" if path.is_dir() else "does not exist"
-            raise ValueError(f"calibration file {str(source)!r} {problem}; give a text, JSONL, CSV or Parquet file.")
+        is_folder = is_there(path) and path.is_dir()
+        if is_folder or path.suffix.lower() in _BUILDERS:
+            problem = "is a folder" if is_folder else "does not exist"
+            raise ValueError(
+                f"calibration file {shown(str(source))!r} {problem}; give a text, JSONL, CSV or Parquet file."
+            )
         return _joined(read_named_dataset(str(source), text_column, needed), str(source)), str(source)
     if hasattr(source, "column_names"):
         rows = source[_text_column(source.column_names, text_column, "the dataset")]
@@ -171,7 +179,7 @@ def read_beginning(
         ValueError: as for `read_text`; what is beyond the characters that are asked for isn't looked at.
     """
     path = Path(source) if isinstance(source, (str, Path)) else None
-    if path is None or not path.is_file() or _builder(path) != "text":
+    if path is None or not is_there(path) or not path.is_file() or _builder(path) != "text":
         text, name = read_text(source, text_column, needed)
         return lambda characters: text[:characters], name
 
@@ -189,7 +197,7 @@ def source_name(source: Any) -> str:
     if isinstance(source, Tensor):
         return TOKEN_BLOCKS
     if isinstance(source, (str, Path)):
-        return Path(source).name if Path(source).is_file() else str(source)
+        return Path(source).name if is_there(source) and Path(source).is_file() else str(source)
     if hasattr(source, "column_names"):
         return getattr(getattr(source, "info", None), "dataset_name", None) or "dataset"
     return "texts"
@@ -264,6 +272,17 @@ def _require(tokens: int, num_samples: int, length: int, name: str) -> int:
     return available
 
 
+def _require_known(tokens: Tensor, model: nn.Module | None, what: str) -> None:
+    """Refuse tokens that the model hasn't."""
+    known = getattr(getattr(model, "config", None), "vocab_size", None)
+    least, most = (int(end) for end in tokens.aminmax())
+    if known is not None and (least < 0 or most >= known):
+        raise ValueError(
+            f"{what} has tokens from {least} to {most}, and the model knows 0 to {known - 1}; give those of its own "
+            "tokenizer."
+        )
+
+
 def _decided(begin: Callable[[Tensor], Beginning] | None, text: Tensor, sequence_length: int) -> tuple[Beginning, int]:
     """What blocks of a text begin with, and the tokens of text that remain in each."""
     beginning = Beginning() if begin is None else begin(spread(text, sequence_length))
@@ -277,8 +296,10 @@ def _decided(begin: Callable[[Tensor], Beginning] | None, text: Tensor, sequence
 
 
 def _checked_blocks(tokens: Tensor, num_samples: int, sequence_length: int) -> Tensor:
-    if tokens.dim() != 2 or tokens.is_floating_point():
-        raise ValueError(f"token blocks must be an integer tensor [samples, length], not {tuple(tokens.shape)}.")
+    if tokens.dim() != 2 or tokens.dtype not in _INTEGERS:
+        raise ValueError(
+            f"token blocks must be an integer tensor [samples, length], not {tokens.dtype} {list(tokens.shape)}."
+        )
     if tokens.shape[0] < num_samples or tokens.shape[1] < sequence_length:
         raise ValueError(
             f"token blocks {tuple(tokens.shape)} are fewer than num_samples={num_samples} of "
@@ -304,7 +325,7 @@ def _read_plain(path: Path, characters: int = -1) -> str:
 
 def _require_content(path: Path) -> None:
     if path.stat().st_size == 0:
-        raise ValueError(f"calibration file {str(path)!r} is empty.")
+        raise ValueError(f"calibration file {str(path)!r} is empty; give one with text.")
 
 
 def _read_file(path: Path, text_column: str | None) -> Sequence[str]:
@@ -313,12 +334,9 @@ def _read_file(path: Path, text_column: str | None) -> Sequence[str]:
     if builder == "text":
         return [_read_plain(path)]
     from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
 
-    try:
+    with explaining(f"calibration file {str(path)!r} can't be read as {builder}", ValueError):
         table = load_dataset(builder, data_files=str(path), split="train", streaming=False)
-    except (DatasetGenerationError, ValueError) as error:
-        raise ValueError(f"calibration file {str(path)!r} can't be read as {builder}: {error}") from error
     return list(table[_text_column(table.column_names, text_column, path.name)])
 
 
@@ -334,16 +352,11 @@ def read_named_dataset(name: str, text_column: str | None, needed: int | None) -
         ValueError: no such dataset, config, split or column.
     """
     from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
 
     repository, config, split = [*name.split(":"), "", ""][:3]
-    try:
+    problem = f"calibration={shown(name)!r} is neither a file here nor a dataset that can be loaded"
+    with explaining(f"{problem} as name[:config[:split]]", ValueError):
         stream = load_dataset(repository, config or None, split=split or "train", streaming=True)
-    except (DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError) as error:
-        raise ValueError(
-            f"calibration={name!r} is neither a file here nor a dataset that can be loaded "
-            f"(name[:config[:split]]): {error}"
-        ) from error
     enough = (needed or 2**24) * _CHARACTERS_PER_TOKEN * _STREAM_SURPLUS
     rows: list[str] = []
     column: str | None = None

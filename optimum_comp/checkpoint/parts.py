@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from optimum_comp.checkpoint.reader import INDEX
+from optimum_comp.checkpoint.reader import INDEX, open_weights
 from optimum_comp.files import durably
 
 
@@ -79,7 +79,8 @@ def join_parts(parts: Sequence[Path], folder: Path, max_shard_size: int | str) -
 
 
 def _ranges(file: Path) -> dict[str, _Range]:
-    with file.open("rb") as stream:
+    # safetensors doesn't say where in the file a tensor is, but checks what the header says of it.
+    with open_weights(file), file.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
         header = json.loads(stream.read(length))
     header.pop("__metadata__", None)

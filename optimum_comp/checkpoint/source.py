@@ -17,7 +17,7 @@ from optimum_comp.checkpoint.reader import Checkpoint
 from optimum_comp.families import Family
 from optimum_comp.families.cutting import Cut, cut_layer, cut_parameter
 from optimum_comp.sweep.folding import Factors, multiplied
-from optimum_comp.utils import get_logger
+from optimum_comp.utils import get_logger, shown
 
 
 logger = get_logger(__name__)
@@ -356,7 +356,9 @@ def stored_names(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
         name for name in unknown if not name.endswith((".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias"))
     ]
     if unknown:
-        logger.warning("%d weights are not the model's and are left out: %s ...", len(unknown), ", ".join(unknown[:3]))
+        logger.warning(
+            "%d weights are not the model's and are left out: %s ...", len(unknown), ", ".join(map(shown, unknown[:3]))
+        )
     return names
 
 

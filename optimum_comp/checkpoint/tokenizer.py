@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from optimum_comp.checkpoint.reader import resolve_folder
+from optimum_comp.utils import explaining, shown
 
 
 TOKENIZER_FILES = (
@@ -23,6 +25,23 @@ TOKENIZER_FILES = (
 )
 """Patterns of a tokenizer's files and folders, its chat templates included."""
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+
+
+def open_tokenizer(name: str | PathLike[str], source_arguments: dict[str, Any] | None = None) -> Any:
+    """A tokenizer of transformers.
+
+    Args:
+        name: folder or hub id.
+        source_arguments: how it is found (see `lookup_arguments`).
+
+    Raises:
+        ValueError: it is damaged, or there is none in the folder.
+        OSError: there is none, or it can't be reached.
+    """
+    from transformers import AutoTokenizer
+
+    with explaining(f"the tokenizer of {shown(name)} can't be used"):
+        return AutoTokenizer.from_pretrained(str(name), **(source_arguments or {}))
 
 
 def has_tokenizer(source: str, source_arguments: dict[str, Any]) -> bool:

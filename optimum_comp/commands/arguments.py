@@ -63,7 +63,7 @@ def add_loading_arguments(parser: ArgumentParser) -> None:
 
 def loading_arguments(args: Any) -> dict[str, Any]:
     """The loading options that were given, under the names of `from_pretrained`."""
-    known = given_options(args, LOADING)
+    known = {name: LOADING[name].check(name, value) for name, value in given_options(args, LOADING).items()}
     if args.trust_remote_code:
         known["trust_remote_code"] = True
     if args.allow_pickle:

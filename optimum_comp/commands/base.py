@@ -50,8 +50,11 @@ class CompSubcommand(BaseOptimumCLICommand):
 
     def run(self) -> None:
         """Run; exit with 1 and one line where the user's input is at fault, with 130 on Ctrl-C."""
+        from optimum_comp.files import check_file
+
         _configure_logging(self.args.quiet)
         try:
+            check_file(self.args.json)
             self.execute()
         except KeyboardInterrupt as interrupt:
             print(f"interrupted; {str(interrupt) or 'nothing was written.'}", file=sys.stderr)

@@ -99,7 +99,11 @@ class CompressCommand(CompSubcommand):
             raise ValueError("--recipe and --weights exclude each other.")
         if args.resume and not (args.output / RECIPE).is_file():
             raise ValueError(f"{args.output} holds nothing to go on with: it has no {RECIPE}.")
-        recipe = Recipe.read(args.output / RECIPE) if args.resume else find(args.recipe or args.weights or "int8")
+        recipe = (
+            Recipe.read(args.output / RECIPE)
+            if args.resume
+            else find(args.weights or "int8" if args.recipe is None else args.recipe)
+        )
         quantize = given_options(args, set(options_of(QuantizeSettings)) - {"recipe"})
         if args.weights is not None:
             quantize["recipe"] = args.weights

@@ -59,12 +59,13 @@ class BenchCommand(CompSubcommand):
         """Measure one after the other and print."""
         from optimum_comp.commands.arguments import measuring_settings
         from optimum_comp.evaluation import Settings, evaluate_all
-        from optimum_comp.files import check_model
+        from optimum_comp.files import check_file, check_model
         from optimum_comp.report.plots import require_matplotlib, write_report
         from optimum_comp.report.table import evaluation_table
 
         if self.args.report is not None:
             require_matplotlib()
+            check_file(self.args.report / "report.html")
         settings = Settings(**{"text": None, **measuring_settings(self.args)})
         for model in self.args.models:
             check_model(model)

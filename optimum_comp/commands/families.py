@@ -27,13 +27,12 @@ class FamiliesCommand(CompSubcommand):
 
         args = self.args
         if args.model is not None:
-            from transformers import AutoConfig
-
+            from optimum_comp.checkpoint.opening import open_config
             from optimum_comp.files import check_model
 
             check_model(args.model)
             trust = {"trust_remote_code": True} if args.trust_remote_code else {}
-            config = AutoConfig.from_pretrained(args.model, **trust)
+            config = open_config(args.model, trust)
             rows = {config.model_type: prunable(family_of(config), config)}
         else:
             rows = {name: prunable(family, None) for name, family in sorted(FAMILIES.items())}

@@ -41,7 +41,7 @@ def check_family(family: Family, model: nn.Module) -> None:
     except AttributeError as error:
         raise refuse(f"there is no {family.layers} ({error})") from error
     depth = getattr(config, family.depth_field, None)
-    if depth != len(layers):
+    if depth != len(layers) or not depth:
         raise refuse(f"config.{family.depth_field} is {depth}, and there are {len(layers)} decoder layers")
     missing = [
         field

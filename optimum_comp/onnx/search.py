@@ -24,6 +24,7 @@ from optimum_comp.onnx.noise import without_noise
 from optimum_comp.onnx.quantization import Plan, check_onnx_folder, quantize_onnx
 from optimum_comp.onnx.recipes import BUDGET, EIGHT, FOUR, Format
 from optimum_comp.onnx.runtime import load_onnx
+from optimum_comp.options import Share, parse_bytes
 from optimum_comp.utils import format_bytes, get_logger, progress_disabled
 
 
@@ -52,10 +53,11 @@ class Budget:
         """Refuse a budget that is none."""
         if self.perplexity_increase is None and self.size is None:
             raise ValueError("a budget needs a largest increase of perplexity, a largest size, or both.")
-        if self.perplexity_increase is not None and not self.perplexity_increase > 0:
-            raise ValueError(
-                f"max_perplexity_increase={self.perplexity_increase!r} is not valid: give a share above 0, like 2%."
-            )
+        if self.perplexity_increase is not None:
+            increase = Share("(0, inf)").check("max_perplexity_increase", self.perplexity_increase)
+            object.__setattr__(self, "perplexity_increase", increase)
+        if self.size is not None:
+            object.__setattr__(self, "size", parse_bytes(self.size, "max_size"))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from optimum_comp.beginning import Beginning
-from optimum_comp.calibration.text import SELF, Calibration, CalibrationSource
+from optimum_comp.calibration.text import PYDOC, SELF, Calibration, CalibrationSource, read_text
 from optimum_comp.chain_memory import (
     EVALUATE,
     EVALUATE_ONNX,
@@ -29,6 +29,7 @@ from optimum_comp.chain_memory import (
     require_memory,
     sizes_of,
 )
+from optimum_comp.checkpoint.opening import open_config
 from optimum_comp.checkpoint.reader import resolve_folder, weight_files
 from optimum_comp.configuration import CompConfig
 from optimum_comp.evaluation import Evaluation, Settings, count_parameters, evaluate_apart, weight_bytes
@@ -242,9 +243,7 @@ class Chain:
 
     @cached_property
     def _config(self) -> Any:
-        from transformers import AutoConfig
-
-        return AutoConfig.from_pretrained(self.model, **lookup_arguments(self.loading))
+        return open_config(self.model, lookup_arguments(self.loading))
 
     @cached_property
     def _folder(self) -> Path:
@@ -395,6 +394,17 @@ class Chain:
             self._check_place(step)
         self._require_memory()
         check_disk(self.output, sum(step.stage.disk_bytes(self) for step in self._steps if not step.is_there))
+        self._read_texts()
+
+    def _read_texts(self) -> None:
+        """Look whether there is text where the recipe says so."""
+        texts: list[Any] = [(self.measure.text, self.measure.text_column)] if self.measure is not None else []
+        missing = any(not step.is_there and self._needs_samples(step.stage) for step in self._steps)
+        if missing and not self.has_samples:
+            texts.append(self._sampling()[1:])
+        for text, column in texts:
+            if isinstance(text, (str, Path)) and str(text) not in (SELF, PYDOC):
+                read_text(text, column, 1)
 
     def _require_memory(self) -> None:
         """Say what the steps behind pruning, which keeps to a limit itself, need of memory; refuse what can't fit."""

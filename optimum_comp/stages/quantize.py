@@ -15,6 +15,7 @@ from optimum_comp.beginning import Beginning, decide, losses_of_model
 from optimum_comp.calibration.text import PYDOC, SELF, prepare_calibration
 from optimum_comp.chain_memory import QUANTIZE, SEARCH, Load, predict_peak
 from optimum_comp.checkpoint.opening import trusted
+from optimum_comp.checkpoint.tokenizer import open_tokenizer
 from optimum_comp.configuration import BEGINS
 from optimum_comp.evaluation import is_onnx_folder, load_model
 from optimum_comp.files import check_folder
@@ -236,9 +237,9 @@ def quantize_folder(
 
 def _samples(model: Path, settings: QuantizeSettings, samples: SampleSettings) -> Tensor:
     """Token blocks for quantization, `[number, length]`."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    tokenizer, writer = AutoTokenizer.from_pretrained(model), None
+    tokenizer, writer = open_tokenizer(model), None
     if samples.calibration == SELF and not is_onnx_folder(model):
         writer = AutoModelForCausalLM.from_pretrained(model, **trusted(model, {})).eval()
 

@@ -82,7 +82,7 @@ def device_of(given: str | torch.device | None, local_rank: int, local_size: int
     """
     try:
         device = torch.device("cpu" if given is None else given)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ValueError(f"device={given!r} is not valid: give cpu, cuda or cuda:N.") from error
     if device.type == "cpu":
         return device
