@@ -37,7 +37,7 @@ from optimum_comp.onnx.noise import without_noise
 from optimum_comp.onnx.quantization import check_onnx_folder
 from optimum_comp.onnx.recipes import find_target
 from optimum_comp.onnx.runtime import require_onnxruntime
-from optimum_comp.utils import format_bytes, get_logger
+from optimum_comp.utils import format_bytes, get_logger, shown
 
 
 logger = get_logger(__name__)
@@ -206,7 +206,7 @@ def verify_bundle(folder: str | Path) -> BundleReport:
             _check_file(folder, path, size, digests[name])
         # Of a name that is too long for the file system, for one.
         except OSError as error:
-            raise BundleError(f"{path} can't be read: {error.strerror}.") from error
+            raise BundleError(f"{shown(path)} can't be read: {error.strerror}.") from error
     for path in sorted(folder.rglob("*")):
         _check_inside(folder, path)
         name = path.relative_to(folder).as_posix()

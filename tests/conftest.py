@@ -6,6 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+
+# Before the libraries that read it when they are imported.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# isort: split
 import pytest
 import torch
 from transformers import (
@@ -19,8 +24,6 @@ from transformers import (
 
 from optimum_comp.onnx.runtime import require_onnxruntime
 
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 CLI = Path(sys.executable).parent / "optimum-cli"
 

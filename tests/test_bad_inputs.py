@@ -450,7 +450,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "num_key_value_heads|config.json|shape",
     ),
     "activation unknown": (lambda f: edit_json(f / "config.json", hidden_act="silly"), "silly"),
-    "vocabulary other": (lambda f: edit_json(f / "config.json", vocab_size=99), r"shape \[128, 64\]"),
+    "vocabulary other": (lambda f: edit_json(f / "config.json", vocab_size=99), r"shape \[131, 64\]"),
     "width other": (
         lambda f: edit_json(f / "config.json", intermediate_size=97),
         r"shape \[96, 64\]|shape \[64, 96\]",
@@ -656,8 +656,8 @@ CALIBRATIONS: dict[str, tuple[Any, str]] = {
     "three dimensions": (torch.zeros(4, 32, 2, dtype=torch.int64), "integer tensor"),
     "few blocks": (tiny_blocks(2, 32), "fewer than num_samples=4"),
     "short blocks": (tiny_blocks(4, 16), "sequence_length=32"),
-    "tokens that the model hasn't": (tiny_blocks(4, 32) + 128, "0 to 127"),
-    "negative tokens": (tiny_blocks(4, 32) - 100, "0 to 127"),
+    "tokens that the model hasn't": (tiny_blocks(4, 32) + 128, "0 to 130"),
+    "negative tokens": (tiny_blocks(4, 32) - 100, "0 to 130"),
     "true and false": (torch.ones(4, 32, dtype=torch.bool), "integer tensor"),
     "list of numbers": ([1, 2, 3], "list.* is not understood"),
     "list of nothing": ([], "holds no text"),
@@ -737,7 +737,8 @@ def manifest(**changes: Any) -> dict[str, Any]:
 
 
 def listed(path: Any, size: Any = 3, digest: Any = "0" * 64) -> dict[str, Any]:
-    return manifest(files=[{"path": path, "bytes": size, "sha256": digest}], total_bytes=3)
+    files = [{"path": path, "bytes": size, "sha256": digest}]
+    return manifest(files=files, total_bytes=size, genai={"graph": path, "agrees": None})
 
 
 MANIFESTS: dict[str, tuple[Any, str]] = {
@@ -760,7 +761,7 @@ MANIFESTS: dict[str, tuple[Any, str]] = {
     "file missing": (listed("b.txt"), "b.txt is missing"),
     "file of another size": (listed("a.txt", 5), "a.txt has 3 bytes; the manifest says 5"),
     "file of another digest": (listed("a.txt"), "a.txt differs from what the manifest says"),
-    "file not listed": (manifest(), "a.txt is not in the manifest"),
+    "no graph listed": (manifest(), "'model.onnx', which GenAI runs, is not among its files"),
     "total": (manifest(total_bytes=9), "total_bytes"),
 }
 
