@@ -217,6 +217,12 @@ def test_heads_that_do_nothing_go_first_and_the_model_stays(axis, name):
     assert pruner.report.width == family.counts(config, family.get_layers(model)[0])[FFN]
 
 
+def test_whole_groups_are_rounded_up_where_none_has_a_head_to_spare():
+    pruner = CompPruner.from_pretrained(tiny_family("phi"))
+    plan = pruner.plan(CompConfig(axes=["kv", "heads"], sparsity=0.03))
+    assert plan.units == {FFN: 96, KV: 3}
+
+
 @pytest.mark.parametrize(
     ("model_type", "reason"),
     [

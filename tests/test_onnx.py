@@ -33,9 +33,9 @@ TIED = ["llama", "opt", "opt-post-norm"]
 FAMILIES = [*TINY_CONFIGS, "llama-odd"]
 
 # Relative errors of the centred logits. The models have outliers in their keys, as real ones do: quantizing the
-# products of activations makes the error 0.15 to 0.28 (see test_bound_sees_quantized_attention), a mistake in the
-# wiring about 1. Ours is 0.012 to 0.037 (int8) and 0.018 to 0.059 (int8-dynamic).
-BOUNDS = {"int8": 0.045, "int8-dynamic": 0.07}
+# products of activations makes the error 0.16 to 0.28 (see test_bound_sees_quantized_attention), a mistake in the
+# wiring about 1. Ours is up to 0.045 (int8) and 0.068 (int8-dynamic).
+BOUNDS = {"int8": 0.06, "int8-dynamic": 0.1}
 # Of 4 bits, as it is, and with what has 8 bits for good reason at 4 as well: queries, keys and values (the head of
 # opt-post-norm, where these matter less; HQQ can't do it). The bound is between them.
 FOUR_BITS = {
@@ -220,7 +220,7 @@ def test_logging_is_left_alone(exported, tmp_path):
 def test_half_precision_is_exported_in_float32(tmp_path):
     tiny_model("llama").to(torch.bfloat16).save_pretrained(tmp_path / "bf16")
     report = export_onnx(tmp_path / "bf16", tmp_path / "onnx")
-    assert report.max_difference_prefill < 1e-4
+    assert report.max_difference_prefill < 3e-6
     types = Counter(tensor.data_type for tensor in graph_of(tmp_path / "onnx").initializer)
     assert set(types) <= {onnx.TensorProto.FLOAT, onnx.TensorProto.INT64, onnx.TensorProto.BOOL}
 
