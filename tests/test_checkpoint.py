@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ from test_resume import interrupted, prune
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, LlamaModel, MixtralConfig, T5Config
 
 from optimum_comp import CompConfig, CompPruner
+from optimum_comp.checkpoint.parts import _ranges
 from optimum_comp.checkpoint.reader import Checkpoint, require_safetensors
 from optimum_comp.evaluation import load_model
 
@@ -210,6 +212,15 @@ def test_weights_of_another_kind_are_named(name, advice, tiny_folder):
     (tiny_folder / name).unlink()
     with pytest.raises(OSError, match="holds no weights"):
         CompPruner.from_pretrained(tiny_folder)
+
+
+@pytest.mark.parametrize("length", [2**60, 2**64 - 1, 2**31, 10**6])
+def test_a_header_that_lies_about_its_length_is_not_read(length, tiny_folder):
+    path = tiny_folder / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", length) + path.read_bytes()[8:])
+    for read in (lambda: _ranges(path), lambda: Checkpoint.open(tiny_folder)):
+        with pytest.raises(ValueError, match=r"model\.safetensors is not a whole safetensors file"):
+            read()
 
 
 class Hub(BaseHTTPRequestHandler):

@@ -11,6 +11,7 @@ import pytest
 FUZZ = Path(__file__).parent / "fuzz"
 sys.path.insert(0, str(FUZZ))
 
+import fuzz_header  # noqa: E402
 import fuzz_journal  # noqa: E402
 import fuzz_recipe  # noqa: E402
 
@@ -19,7 +20,7 @@ import fuzz_recipe  # noqa: E402
     ("target", "path"),
     [
         pytest.param(target, path, id=f"{path.parent.name}-{path.name}")
-        for target in (fuzz_journal, fuzz_recipe)
+        for target in (fuzz_header, fuzz_journal, fuzz_recipe)
         for path in sorted((FUZZ / "corpus" / target.__name__.removeprefix("fuzz_")).iterdir())
     ],
 )

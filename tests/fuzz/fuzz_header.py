@@ -1,17 +1,14 @@
-"""Fuzzing of what is read of a checkpoint before any weight: safetensors headers, the index, names of files.
-
-`python tests/fuzz/fuzz_header.py [CORPUS] -max_total_time=600` with atheris installed; `test_fuzz_header.py` replays
-the corpus without it.
-"""
+"""Headers of safetensors files, the index, names of files: a folder is read or refused in a few words."""
 
 from __future__ import annotations
 
+import shutil
 import struct
-import sys
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from json_mutator import mutate_json
 
 from optimum_comp.checkpoint.parts import _ranges
 from optimum_comp.checkpoint.reader import INDEX, WEIGHTS, Checkpoint, require_safetensors, weight_files
@@ -57,26 +54,49 @@ def write_names(folder: Path, data: bytes) -> None:
 LAYOUTS = (write_file, write_header, write_index, write_names)
 
 
-def check(data: bytes) -> None:
-    """A folder that the bytes describe is read, or refused in a few words; nothing beside it is looked at."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "model"
-        folder.mkdir()
-        (Path(scratch) / "secret.safetensors").write_bytes(safetensors(SECRET, bytes(4)))
+PREFIXES = {1: 2, 2: 1}
+"""Bytes in front of what is JSON, by layout."""
+
+
+def mutate(data: bytes, most: int, seed: int, mutate_bytes: Callable[[bytes, int], bytes]) -> bytes:
+    """Change the JSON in an input, as `mutate_json` does, or its bytes."""
+    prefix = PREFIXES.get(data[0] % len(LAYOUTS) if data else 0)
+    if prefix is None or seed % 8 == 0:
+        return mutate_bytes(data, most)
+    return data[:prefix] + mutate_json(data[prefix:], most - prefix, seed, mutate_bytes)
+
+
+def check(data: bytes, scratch: Path) -> bool:
+    """Take bytes as a model's files. Nothing beside them is looked at.
+
+    Returns:
+        Whether they were read.
+    """
+    folder = scratch / "model"
+    folder.mkdir()
+    try:
+        (scratch / "secret.safetensors").write_bytes(safetensors(SECRET, bytes(4)))
         LAYOUTS[data[0] % len(LAYOUTS) if data else 0](folder, data[1:])
-        for look in (_whole, _weights_only, _parts):
-            try:
-                look(folder)
-            except (ValueError, OSError) as error:
-                _require_clear(str(error))
+        return [_is_read(look, folder) for look in (_require, _read, _ranges_are_right)] == [True] * 3
+    finally:
+        shutil.rmtree(folder)
 
 
-def _whole(folder: Path) -> None:
+def _is_read(look: Callable[[Path], None], folder: Path) -> bool:
+    try:
+        look(folder)
+    except (ValueError, OSError) as error:
+        _require_clear(str(error))
+        return False
+    return True
+
+
+def _require(folder: Path) -> None:
     require_safetensors("model", folder)
     assert all(file.parent == folder for file in weight_files(folder))
 
 
-def _weights_only(folder: Path) -> None:
+def _read(folder: Path) -> None:
     checkpoint = Checkpoint.open(folder)
     assert "secret" not in checkpoint.tensors
     for name, stored in checkpoint.tensors.items():
@@ -86,7 +106,7 @@ def _weights_only(folder: Path) -> None:
     checkpoint.require_finite(checkpoint.tensors)
 
 
-def _parts(folder: Path) -> None:
+def _ranges_are_right(folder: Path) -> None:
     for file in weight_files(folder):
         found = _ranges(file)
         content = file.read_bytes()
@@ -103,16 +123,3 @@ def _require_clear(message: str) -> None:
     lines = message.split("\n")
     assert len(lines) <= _MOST_LINES, message
     assert all(line.isprintable() for line in lines), repr(message)
-
-
-def main() -> None:
-    """Fuzz until something is found, or for as long as libFuzzer's options say."""
-    import atheris
-
-    atheris.instrument_all()
-    atheris.Setup(sys.argv, check)
-    atheris.Fuzz()
-
-
-if __name__ == "__main__":
-    main()
