@@ -122,8 +122,8 @@ def _quantize(sizes: ModelSizes, load: Load) -> int:
 
 
 def _search(sizes: ModelSizes, load: Load) -> int:
-    """As quantizing with text, with every weight's codes in 8 bits, too."""
-    return 5 * sizes.whole + _rounding(sizes, load) + sizes.parameters
+    """As quantizing with text, with every weight's codes in 8 bits, too, and the models that are tried."""
+    return round(5.25 * sizes.whole) + _rounding(sizes, load) + sizes.parameters
 
 
 def _evaluate(sizes: ModelSizes, load: Load) -> int:
