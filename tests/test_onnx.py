@@ -36,8 +36,8 @@ FAMILIES = [*TINY_CONFIGS, "llama-odd"]
 # products of activations makes the error 0.16 to 0.28 (see test_bound_sees_quantized_attention), a mistake in the
 # wiring about 1. Ours is up to 0.035 (int8) and 0.056 (int8-dynamic).
 BOUNDS = {"int8": 0.05, "int8-dynamic": 0.08}
-# Of 4 bits, as it is, and with what has 8 bits for good reason at 4 as well: queries, keys and values (of the OPTs, and
-# of the int4 of llama-odd, the head, where that matters more). The bound is between them.
+# Of 4 bits, as it is, and with what has 8 bits for good reason at 4 as well: queries, keys and values (of the OPTs and
+# of int4 of llama-odd the head, where that matters more). The bound is between them.
 FOUR_BITS = {
     "llama": {"int4": (0.174, 0.251), "int4-hqq": (0.218, 0.281), "int4-rtn": (0.199, 0.277)},
     "llama-untied": {"int4": (0.081, 0.129), "int4-hqq": (0.135, 0.168), "int4-rtn": (0.140, 0.163)},
