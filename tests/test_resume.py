@@ -537,11 +537,23 @@ def test_permissions_are_given_again(stopped, tmp_path):
     shutil.copytree(stopped, tmp_path / "copy")
     output = tmp_path / "copy" / "out"
     path = output / "comp_journal.json"
-    path.write_text(changed(json.loads(path.read_text()), {"run.permissions": ["trust_remote_code"]}))
+    changes = {
+        "run.permissions": ["trust_remote_code"],
+        "run.arguments": {"revision": "refs/pr/1", "dtype": "float32"},
+    }
+    path.write_text(changed(json.loads(path.read_text()), changes))
+    journal, trust = Journal.read(output), {"trust_remote_code": True}
+    dense = str(stopped / "dense")
+    assert journal.opening(None, trust) == (dense, {**changes["run.arguments"], **trust})
+    # Another revision than the one that is trusted isn't taken from the folder.
+    assert journal.opening("trusted", trust) == ("trusted", {"dtype": "float32", **trust})
     assert Journal.read(output).hint().endswith(f"prune --resume --trust-remote-code {output}")
     done = run("prune", "--resume", output, check=False)
     assert done.returncode == 1
-    assert re.search("begun with --trust-remote-code, which has to be given again: .* trust .*dense'", done.stderr)
+    assert re.search(
+        "begun with --trust-remote-code, which has to be given again: .* trust .*dense', revision 'refs/pr/1'",
+        done.stderr,
+    )
     run("prune", "--resume", "--trust-remote-code", output)
     assert (output / "model.safetensors").is_file()
 

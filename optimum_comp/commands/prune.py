@@ -52,9 +52,8 @@ class PruneCommand(CompSubcommand):
         config = None if unfinished is not None and not is_configured(args) else stage.config
         if unfinished is not None:
             # What isn't given is as it was when the run began.
-            unfinished.require_permissions(loading)
-            model, device = model or unfinished.run["source"], device or unfinished.run["device"]
-            loading = {**unfinished.run["arguments"], **loading}
+            model, loading = unfinished.opening(model, loading)
+            device = device or unfinished.run["device"]
         elif model is None and is_complete:
             if is_first_process():
                 print(CompReport.load(args.output).headline(args.output))

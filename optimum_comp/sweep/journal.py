@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ _FORMAT = 3
 _TOKENS = "tokens.safetensors"
 
 
-class DamagedRun(ValueError):  # noqa: N818, not an error's name
+class DamagedRunError(ValueError):
     """What an unfinished run has left can't be gone on with; nothing of it is removed."""
 
     def __init__(self, output: Path, reason: str):
@@ -87,7 +88,7 @@ class Journal:
             if known:
                 require_state(state)
         except ValueError as error:
-            raise DamagedRun(output, f"{JOURNAL}: {error}") from error
+            raise DamagedRunError(output, f"{JOURNAL}: {error}") from error
         if not known:
             raise ValueError(f"{output} was begun by another version of optimum-comp; start anew with --overwrite.")
         journal = cls(output, state)
@@ -134,7 +135,7 @@ class Journal:
             raise self._damaged(_TOKENS, error) from error
         found = Calibration(tokens, known["source"], Beginning.from_dict(known))
         if tokens.dim() != 2 or tokens.dtype != torch.int64 or found.describe() != known:
-            raise DamagedRun(self.output, f"{_TOKENS} doesn't hold what it should")
+            raise DamagedRunError(self.output, f"{_TOKENS} doesn't hold what it should")
         return found
 
     def report_file(self, place: int) -> Path:
@@ -158,8 +159,8 @@ class Journal:
             raise self._damaged(path.name, error) from error
         return LayerReport.of(report)
 
-    def _damaged(self, name: str, error: Exception) -> DamagedRun:
-        return DamagedRun(self.output, f"{name} can't be read ({error})")
+    def _damaged(self, name: str, error: Exception) -> DamagedRunError:
+        return DamagedRunError(self.output, f"{name} can't be read ({error})")
 
     def require_plain(self) -> None:
         """Refuse a work folder in which links lead elsewhere: what is done in it would be done there.
@@ -169,8 +170,12 @@ class Journal:
         """
         inside = (Path(folder) / name for folder, *names in os.walk(self.work) for name in [*names[0], *names[1]])
         for path in (self.output / JOURNAL, self.work, *inside):
-            if os.path.lexists(path) and (path.is_symlink() or not (path.is_file() or path.is_dir())):
-                raise DamagedRun(self.output, f"{path.relative_to(self.output)} is a link, or no file")
+            try:
+                mode = path.lstat().st_mode
+            except FileNotFoundError:
+                continue
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise DamagedRunError(self.output, f"{path.relative_to(self.output)} is a link, or no file")
 
     def config(self, given: CompConfig | None) -> CompConfig:
         """The run's config.
@@ -183,21 +188,31 @@ class Journal:
             self._require(given.fields(), self.run["config"])
         return stored
 
-    def require_permissions(self, given: Mapping[str, Any]) -> None:
-        """Refuse to go on without what the run was allowed: that has to be said again, since a folder can't allow it.
+    def opening(self, model: str | None, given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        """Which model to open for the run, and how.
 
         Args:
-            given: arguments of `from_pretrained`.
+            model: the one that is given, if the run's own isn't to be taken.
+            given: arguments of `from_pretrained` that are given.
+
+        Returns:
+            The model, and the arguments, with those of the run that aren't given.
 
         Raises:
-            ValueError: names the options that are missing.
+            ValueError: the run was allowed what isn't given now: a folder can't allow it. Names the options.
         """
+        source, arguments = self.run["source"], self.run["arguments"]
         missing = [PERMISSIONS[name] for name in self.run["permissions"] if not given.get(name)]
         if missing:
+            revision = f", revision {arguments['revision']!r}" if "revision" in arguments else ""
             raise ValueError(
                 f"the unfinished run in {self.output} was begun with {' '.join(missing)}, which has to be given "
-                f"again: do so if you trust what comes with {self.run['source']!r}."
+                f"again: do so if you trust what comes with {source!r}{revision}."
             )
+        if model is not None:
+            # Trust in a model doesn't extend to any revision of it that the folder names.
+            arguments = {name: value for name, value in arguments.items() if name == "dtype"}
+        return model or source, {**arguments, **given}
 
     def go_on(self, run: dict[str, Any], layers: int, removed: int) -> None:
         """Take the run up, but not under other circumstances, in which it would come out otherwise.
@@ -215,7 +230,7 @@ class Journal:
         self._require({k: v for k, v in run.items() if k not in movable}, self.run)
         gone = self.state.get("removed", [])
         if self.finished > layers - removed or (gone and (len(set(gone)) != removed or max(gone) >= layers)):
-            raise DamagedRun(self.output, f"{JOURNAL} tells of layers that the model doesn't have")
+            raise DamagedRunError(self.output, f"{JOURNAL} tells of layers that the model doesn't have")
         for place, _ in enumerate(self.reports()):
             part = self.work / part_name(place)
             try:
@@ -242,7 +257,7 @@ class Journal:
         """What an error in the block means for the run: one that would come again ends it, others interrupt it."""
         try:
             yield
-        except DamagedRun:
+        except DamagedRunError:
             raise
         except (ValueError, FloatingPointError):
             self.abandon()
@@ -257,7 +272,7 @@ class Journal:
             yield
         except OSError as error:
             raise OSError(f"{error}; {self.hint()}") from error
-        except DamagedRun:
+        except DamagedRunError:
             raise
         except (ValueError, RuntimeError) as error:
             raise RuntimeError(f"{error} {self.hint()}") from error
@@ -306,7 +321,7 @@ class Journal:
             self.record(stage=FINISHING, files=sorted(path.name for path in final.iterdir()), stale=stale)
         for name in self.state["files"]:
             if not (final / name).exists() and not (self.output / name).exists():
-                raise DamagedRun(self.output, f"{name} of the finished model is missing")
+                raise DamagedRunError(self.output, f"{name} of the finished model is missing")
         for name in set(self.state["stale"]) - set(self.state["files"]):
             _remove(self.output / name)
         for name in self.state["files"]:

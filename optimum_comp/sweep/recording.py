@@ -9,7 +9,7 @@ from pathlib import Path
 
 from optimum_comp.files import durably
 from optimum_comp.report.run import LayerReport
-from optimum_comp.sweep.journal import DamagedRun, Journal
+from optimum_comp.sweep.journal import DamagedRunError, Journal
 from optimum_comp.sweep.ranks import Ranks
 from optimum_comp.sweep.states import ActivationStore
 
@@ -84,7 +84,7 @@ class Recorder:
             try:
                 store.load(file)
             except (FileNotFoundError, ValueError) as error:
-                raise DamagedRun(file.parents[1], f"{file.name} can't be read ({error})") from error
+                raise DamagedRunError(file.parents[1], f"{file.name} can't be read ({error})") from error
 
     def reports(self) -> list[LayerReport]:
         """The reports on finished layers, in the first process."""

@@ -46,7 +46,7 @@ def _use(journal: Journal) -> None:
     for step in (
         journal.calibration,
         journal.reports,
-        lambda: journal.require_permissions({}),
+        lambda: journal.opening(None, {}),
         lambda: journal.go_on({**journal.run, "record": {"of": "another"}}, layers=4, removed=1),
     ):
         try:
