@@ -37,14 +37,7 @@ FOUND: dict[str, dict[str, bool]] = {}
 def able(name: str) -> dict[str, str | None]:
     """Axis -> why it can't be pruned; `None` if it can."""
     config = tiny_config(name)
-    family = family_of(config)
-    found = {what: family.refusal(what, config) for what in VARIANTS}
-    groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    if groups == 1:
-        found[KV] = found[KV] or "there is one group"
-    if groups == config.num_attention_heads:
-        found[HEADS] = found[HEADS] or "a group has one head"
-    return found
+    return {what: family_of(config).refusal(what, config) for what in VARIANTS}
 
 
 def everything(name: str) -> dict[str, object]:
@@ -80,9 +73,8 @@ def test_contract(name, tmp_path):
     reasons = able(name)
     for what, fields in {**VARIANTS, "everything": everything(name)}.items():
         if reasons.get(what) is not None:
-            if what != FFN and family_of(tiny_config(name)).refusal(what, tiny_config(name)) is not None:
-                with pytest.raises(ValueError, match="can't be"):
-                    prune(name, **fields)
+            with pytest.raises(ValueError, match="can't be"):
+                prune(name, **fields)
             continue
         pruner = prune(name, **fields)
         report = pruner.report
@@ -97,7 +89,8 @@ def test_contract(name, tmp_path):
         changed = {kind for kind, (before, after) in report.units.items() if after < before}
         assert what == "everything" or what in changed or (what == LAYERS and report.removed_layers)
         for layer in report.layers:
-            assert all(0 <= each.relative_error <= 1 for each in layer.decisions)
+            # At most 0.54; 1 if nothing is left of what the units did.
+            assert all(0 <= each.relative_error < 0.6 for each in layer.decisions)
         config = json.loads((folder / "config.json").read_text())
         for field in family_of(tiny_config(name)).per_layer_fields:
             assert len(config.get(field) or report.layers) == len(report.layers)
@@ -144,7 +137,8 @@ def test_contract_of_the_export(name, tmp_path):
 
     folder = prune(name, **everything(name)).save_pretrained(tmp_path / "pruned")
     exported = export_onnx(folder, tmp_path / "onnx")
-    assert max(exported.max_difference_prefill, exported.max_difference_cached) < 1e-3
+    # At most 5e-7; the export itself refuses more than 1e-3.
+    assert max(exported.max_difference_prefill, exported.max_difference_cached) < 3e-6
     quantize_onnx(exported.output, tmp_path / "int8", recipe="int8")
     prompt = tiny_blocks(2, 12, seed=9)
     model, _ = load_model(tmp_path / "int8")
@@ -218,7 +212,8 @@ def test_heads_that_do_nothing_go_first_and_the_model_stays(axis, name):
     for layer in pruner.report.layers:
         count = groups if axis == KV else heads
         assert set(range(count)) - set(layer.decision(axis).kept) == idle[layer.index]
-    torch.testing.assert_close(after, before, rtol=0, atol=2e-3)
+    # At most 8e-6; from 1e-3 where heads go that do something.
+    torch.testing.assert_close(after, before, rtol=0, atol=5e-5)
     assert pruner.report.width == family.counts(config, family.get_layers(model)[0])[FFN]
 
 

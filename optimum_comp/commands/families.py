@@ -51,15 +51,7 @@ def prunable(family: Any, config: Any) -> dict[str, str]:
     """
     from optimum_comp.families import FFN, HEADS, KV, LAYERS
 
-    found = {what: family.refusal(what, config) or "yes" for what in (FFN, KV, HEADS, LAYERS)}
-    if config is not None and KV in {axis.name for axis in family.axes}:
-        heads = config.num_attention_heads
-        groups = getattr(config, "num_key_value_heads", None) or heads
-        if groups == 1 and found[KV] == "yes":
-            found[KV] = "there is one group, and one has to stay"
-        if groups == heads and found[HEADS] == "yes":
-            found[HEADS] = "every group has one head; kv removes it with its group"
-    return found
+    return {what: family.refusal(what, config) or "yes" for what in (FFN, KV, HEADS, LAYERS)}
 
 
 def table(rows: dict[str, dict[str, str]]) -> str:

@@ -195,13 +195,23 @@ class Family:
         return self.axis(FFN)
 
     def refusal(self, what: str, config: Any) -> str | None:
-        """Why an axis (or `layers`) can't be pruned in a model with this config; `None` if it can."""
+        """Why an axis (or `layers`) can't be pruned in a model with this config; `None` if it can.
+
+        Args:
+            what: an axis' name, or `layers`.
+            config: the model's; `None` for what holds for all of the family.
+        """
         for refusal in self.refusals:
             if refusal.what == what and (not refusal.when or getattr(config, refusal.when, False)):
                 return refusal.reason
-        if what == LAYERS or any(axis.name == what for axis in self.axes):
-            return None
-        return "it has none that could be pruned"
+        if what != LAYERS and all(axis.name != what for axis in self.axes):
+            return "it has none that could be pruned"
+        heads = self._heads(config)
+        if what == KV and heads and heads[KV] == 1:
+            return "there is one group, and one has to stay"
+        if what == HEADS and heads and heads[HEADS] == heads[KV]:
+            return "every group has one head; kv removes it with its group"
+        return None
 
     def get_layers(self, model: nn.Module) -> nn.ModuleList:
         """The model's decoder layers."""
@@ -214,13 +224,13 @@ class Family:
             config: the model's.
             layer: the decoder layer; its weights may be on the meta device.
         """
-        found = {FFN: self.ffn.consumer.matrix(layer).shape[1]}
-        for axis in self.axes:
-            if axis.name == KV:
-                fields = dict(axis.fields)
-                heads = getattr(config, fields[HEADS])
-                found |= {HEADS: heads, KV: getattr(config, fields[KV], None) or heads}
-        return found
+        return {FFN: self.ffn.consumer.matrix(layer).shape[1], **self._heads(config)}
+
+    def _heads(self, config: Any) -> dict[str, int]:
+        """Query heads and key-value groups; nothing if no axis says how they are counted, or no config."""
+        fields = next((dict(axis.fields) for axis in self.axes if axis.name == KV), {})
+        heads = getattr(config, fields.get(HEADS, ""), None)
+        return {} if heads is None else {HEADS: heads, KV: getattr(config, fields[KV], None) or heads}
 
     def layouts(self, layer: nn.Module) -> dict[str, list[Layout]]:
         """Name of each of a layer's parameters that units go from -> how it is laid out."""
