@@ -24,19 +24,29 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 CLI = Path(sys.executable).parent / "optimum-cli"
 
-SIZES = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+# Vocabularies are no other size of a model, nor a multiple of one, and differ; ids below `VOCABULARY` are in all.
+VOCABULARY = 128
+SIZES = {"vocab_size": 131, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
 GQA = {"intermediate_size": 96, "num_key_value_heads": 2}
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 TINY_CONFIGS = {
     "llama": lambda: LlamaConfig(**SIZES, **GQA, **IDS, tie_word_embeddings=True, rope_theta=50_000.0),
-    "llama-untied": lambda: LlamaConfig(**SIZES, **GQA, **IDS, mlp_bias=True),
-    "mistral": lambda: MistralConfig(**SIZES, **GQA, **IDS, sliding_window=8),
+    "llama-untied": lambda: LlamaConfig(**{**SIZES, "vocab_size": 137}, **GQA, **IDS, mlp_bias=True),
+    "mistral": lambda: MistralConfig(**{**SIZES, "vocab_size": 149}, **GQA, **IDS, sliding_window=8),
     "qwen2": lambda: Qwen2Config(
-        **SIZES, **GQA, **IDS, use_sliding_window=True, max_window_layers=2, sliding_window=8, rope_theta=1e6
+        **{**SIZES, "vocab_size": 150},
+        **GQA,
+        **IDS,
+        use_sliding_window=True,
+        max_window_layers=2,
+        sliding_window=8,
+        rope_theta=1e6,
     ),
-    "opt": lambda: OPTConfig(**SIZES, **IDS, ffn_dim=96, word_embed_proj_dim=64),
-    "opt-post-norm": lambda: OPTConfig(**SIZES, **IDS, ffn_dim=96, word_embed_proj_dim=32, do_layer_norm_before=False),
+    "opt": lambda: OPTConfig(**{**SIZES, "vocab_size": 211}, **IDS, ffn_dim=96, word_embed_proj_dim=64),
+    "opt-post-norm": lambda: OPTConfig(
+        **{**SIZES, "vocab_size": 163}, **IDS, ffn_dim=96, word_embed_proj_dim=32, do_layer_norm_before=False
+    ),
 }
 
 
@@ -96,7 +106,7 @@ def tiny_model(name: str, seed: int = 0):
 
 
 def tiny_blocks(samples: int = 16, length: int = 32, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, 128, (samples, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(3, VOCABULARY, (samples, length), generator=torch.Generator().manual_seed(seed))
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

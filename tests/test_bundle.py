@@ -256,7 +256,7 @@ def test_genai_config_agrees_with_graph_and_config(name, tmp_path):
     assert outputs | {decoder["outputs"]["logits"]} == {value.name for value in graph.output}
     heads, width = decoder["num_key_value_heads"], decoder["head_size"]
     assert all(shapes[entry.replace("past_key_values", "present")][1::2] == [heads, width] for entry in keyed)
-    assert shapes["logits"][-1] == settings["model"]["vocab_size"] == SIZES["vocab_size"]
+    assert shapes["logits"][-1] == settings["model"]["vocab_size"] == model.config.vocab_size
     config = model.config
     assert decoder["num_hidden_layers"] == config.num_hidden_layers
     assert heads == getattr(config, "num_key_value_heads", config.num_attention_heads)

@@ -118,8 +118,9 @@ def test_importance_is_energy_discounted_by_the_collinearity_index():
 def test_collinearity_is_one_for_orthogonal_channels_and_large_for_duplicates():
     x = inputs_of("duplicated")
     index = collinearity(regularize(x.T @ x, 1e-9))
-    assert index[[0, 1, 3, 4]].min() > 1e6
-    assert index[[2, 5]].max() < 10
+    # 4e8, by the ridge of 1e-9; and 1.03 of random channels that have no duplicate.
+    assert index[[0, 1, 3, 4]].min() > 1e8
+    assert index[[2, 5]].max() < 1.1
     torch.testing.assert_close(
         collinearity(torch.diag(torch.tensor([1.0, 5.0, 9.0]).double())), torch.ones(3).double()
     )
@@ -213,7 +214,8 @@ def test_iterative_removal_keeps_one_of_two_duplicates_and_ranking_once_removes_
     iterative, once = (eliminate(problem, 4, block_size=size)[0].tolist() for size in (1, 6))
     assert len({0, 1} & set(iterative)) == 1
     assert not {0, 1} & set(once)
-    assert refit(x, weight, iterative, 1e-8)[1] < 0.5 * refit(x, weight, once, 1e-8)[1]
+    # 0.018 times it.
+    assert refit(x, weight, iterative, 1e-8)[1] < 0.04 * refit(x, weight, once, 1e-8)[1]
 
 
 @given(

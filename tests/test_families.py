@@ -83,7 +83,8 @@ def test_contract(name, layer_fraction, tmp_path):
 def test_contract_of_the_export(name, layer_fraction, tmp_path):
     folder = prune(name, sparsity=0.35, layer_fraction=layer_fraction).save_pretrained(tmp_path / "pruned")
     exported = export_onnx(folder, tmp_path / "onnx")
-    assert max(exported.max_difference_prefill, exported.max_difference_cached) < 1e-3
+    # At most 3e-7; the export itself refuses more than 1e-3.
+    assert max(exported.max_difference_prefill, exported.max_difference_cached) < 3e-6
 
 
 @pytest.mark.parametrize("name", TINY_CONFIGS)
@@ -107,14 +108,19 @@ def test_keeping_every_neuron_that_matters_changes_nothing(name):
     for layer in pruner.report.layers:
         gone = set(range(96)) - set(layer.kept)
         assert gone <= set(dead[layer.index])
-    torch.testing.assert_close(after, before, rtol=0, atol=2e-3)
+    # At most 5e-7; 5e-6 where other neurons go from the model whose norms hide the most.
+    torch.testing.assert_close(after, before, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("metric", ["condition", "condition_gram", "condition_mask", "wanda", "magnitude", "random"])
 @pytest.mark.parametrize("recovery", ["least_squares", "mask", "none"])
 def test_every_metric_goes_with_every_recovery(metric, recovery):
     report = prune("llama", sparsity=0.3, neuron_metric=metric, recovery=recovery).report
-    assert all(0 <= layer.relative_error < 1.5 for layer in report.layers)
+    # Least squares leaves 0.27 to 0.32 where inputs count; repairing nothing doesn't reach that (0.36 to 0.43), a mask
+    # leaves up to 0.47. Neurons chosen blindly leave up to 0.46, 0.62 and 0.71.
+    seeing, blind = {"least_squares": (0.34, 0.5), "none": (0.46, 0.66), "mask": (0.5, 0.76)}[recovery]
+    most = blind if metric in ("magnitude", "random") else seeing
+    assert all(0.2 < layer.relative_error < most for layer in report.layers)
 
 
 def test_same_seed_same_result_whatever_the_batch_size():

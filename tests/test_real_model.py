@@ -44,7 +44,8 @@ def pruned(real_model, text, tmp_path_factory):
 @pytest.fixture(scope="module")
 def exported(pruned):
     report = export_onnx(pruned, pruned.with_name("onnx"))
-    assert max(report.max_difference_prefill, report.max_difference_cached) < 1e-3
+    # 7e-5; the export itself refuses from 1e-3 times the largest logit.
+    assert max(report.max_difference_prefill, report.max_difference_cached) < 3e-4
     return report.output
 
 
@@ -53,7 +54,8 @@ def test_pruned_20_percent(pruned, text, dense_perplexity):
     assert 0.2 <= report["achieved_sparsity"] < 0.21
     assert report["parameters_after"] < 114e6 < 134e6 < report["parameters_before"]
     model = AutoModelForCausalLM.from_pretrained(pruned).eval()
-    assert perplexity(model, text[1])[0] < 1.35 * dense_perplexity
+    # 1.0875 times it.
+    assert perplexity(model, text[1])[0] < 1.11 * dense_perplexity
 
 
 def test_it_talks_the_same_with_and_without_cache(pruned):
@@ -74,8 +76,9 @@ def test_it_talks_the_same_with_and_without_cache(pruned):
     assert len(answer.split()) >= 4 and answer.isascii()
 
 
+# Perplexity is 1.009, 1.105 and 1.040 times that of the float model, the size 0.268, 0.257 and 0.201 times its.
 @pytest.mark.parametrize(
-    ("recipe", "most", "share"), [("int8", 1.02, 0.27), ("int8-dynamic", 1.2, 0.27), ("int4", 1.08, 0.22)]
+    ("recipe", "most", "share"), [("int8", 1.02, 0.27), ("int8-dynamic", 1.13, 0.26), ("int4", 1.06, 0.205)]
 )
 def test_quantized(recipe, most, share, exported, text):
     calibration = tokenize(AutoTokenizer.from_pretrained(exported), text[0])

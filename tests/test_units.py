@@ -158,7 +158,7 @@ def test_a_layer_that_is_cut_for_a_while_is_whole_again_afterwards():
     output = layer(hidden, **call)
     cuts = [Cut(family.axis(KV), counts, {KV: torch.tensor([1]), HEADS: torch.tensor([2, 3])})]
     with pytest.raises(ZeroDivisionError), cut_meanwhile(family, config, layer, cuts):
-        assert layer.self_attn.qkv_proj.weight.shape == (64, 64) and config.num_attention_heads == 2
+        assert layer.self_attn.qkv_proj.weight.shape == (80, 64) and config.num_attention_heads == 2
         small = layer(hidden, **call)
         raise ZeroDivisionError
     assert config.num_attention_heads == 4 and layer.self_attn.num_key_value_heads == 2
