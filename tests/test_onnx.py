@@ -31,9 +31,9 @@ TIED = ["llama", "opt", "opt-post-norm"]
 FAMILIES = [*TINY_CONFIGS, "llama-odd"]
 
 # Relative error of the centred logits. The models below have outliers in their keys, as real ones do: quantizing the
-# products of activations makes the error 0.16 to 0.28 (see test_bound_sees_quantized_attention), a mistake in the
-# wiring about 1. Ours is 0.014 to 0.045 (int8) and 0.022 to 0.068 (int8-dynamic).
-BOUNDS = {"int8": 0.06, "int8-dynamic": 0.1, "int4": 0.3, "int4-hqq": 0.3, "int4-rtn": 0.3}
+# products of activations makes the error 0.15 to 0.28 (see test_bound_sees_quantized_attention), a mistake in the
+# wiring about 1. Ours is up to 0.045 (int8), 0.068 (int8-dynamic) and 0.218 (4 bits).
+BOUNDS = {"int8": 0.06, "int8-dynamic": 0.1, "int4": 0.25, "int4-hqq": 0.25, "int4-rtn": 0.25}
 TOKENS = torch.randint(3, 128, (4, 64), generator=torch.Generator().manual_seed(2))
 
 
@@ -222,7 +222,7 @@ def test_logging_is_left_alone(exported, tmp_path):
 def test_half_precision_is_exported_in_float32(tmp_path):
     tiny_model("llama").to(torch.bfloat16).save_pretrained(tmp_path / "bf16")
     report = export_onnx(tmp_path / "bf16", tmp_path / "onnx")
-    assert report.max_difference_prefill < 1e-4
+    assert report.max_difference_prefill < 3e-6
     types = Counter(tensor.data_type for tensor in graph_of(tmp_path / "onnx").initializer)
     assert set(types) <= {onnx.TensorProto.FLOAT, onnx.TensorProto.INT64, onnx.TensorProto.BOOL}
 

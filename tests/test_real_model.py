@@ -97,4 +97,5 @@ def test_mask_tuning_repairs(real_model, text, dense_perplexity):
         pruner = CompPruner.from_pretrained(real_model)
         pruner.prune(CompConfig(recovery=recovery, **{**SIZE, "num_samples": 8}), [text[0]])
         results[recovery] = perplexity(pruner.model, text[1][: 4 * 512])[0]
-    assert results["mask"] < 0.97 * results["none"]
+    # 0.923 times it.
+    assert results["mask"] < 0.95 * results["none"]

@@ -112,7 +112,8 @@ def test_what_cannot_be_kept_is_said(exported, tmp_path):
         search(source, Budget(size=1000), tokens[:8], tokens[8:])
     size = quantize_onnx(source, tmp_path / "int8").size_bytes
     with pytest.raises(ValueError, match=r"max_perplexity_increase=0\.00% can't be kept within .* nearest"):
-        search(source, Budget(perplexity_increase=1e-9, size=size), tokens[:8], tokens[8:])
+        # Well below 8 bits, where no luck makes the text likelier.
+        search(source, Budget(perplexity_increase=1e-9, size=int(0.85 * size)), tokens[:8], tokens[8:])
 
 
 def test_no_budget_is_refused():

@@ -247,8 +247,8 @@ def test_only_what_inputs_foretell_is_aimed_at():
     whole = halves[0] + halves[1]
     torch.testing.assert_close(left[0], whole[0], rtol=0.1, atol=0)
     assert bool((left[1] == 0).all())
-    # Noise: most of what a fit to it would do is left undone.
-    assert left[2].norm() < 0.3 * whole[2].norm()
+    # Noise: nearly all that a fit to it would do is left undone; 0.016 of it is done.
+    assert left[2].norm() < 0.05 * whole[2].norm()
 
 
 def deviation(name: str, **fields) -> float:
