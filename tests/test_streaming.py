@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from conftest import IDS, SIZES, TINY_CONFIGS, tiny_blocks, tiny_model, tiny_tokenizer
+from conftest import GQA, IDS, SIZES, TINY_CONFIGS, tiny_blocks, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 
@@ -399,7 +399,7 @@ def test_text_that_the_model_writes_is_part_of_what_is_planned(tiny_folder):
 def test_a_model_that_does_not_fit_writes_no_text(tiny_folder, tmp_path):
     """Refused before any work, though with a given text it could be pruned."""
     # Most of it is the embedding.
-    AutoModelForCausalLM.from_config(LlamaConfig(**{**SIZES, "vocab_size": 300_000}, **IDS)).save_pretrained(
+    AutoModelForCausalLM.from_config(LlamaConfig(**{**SIZES, **GQA, **IDS, "vocab_size": 300_000})).save_pretrained(
         tiny_folder
     )
     config = CompConfig(**CONFIG)
