@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from optimum_comp.beginning import Beginning
-from optimum_comp.calibration.text import PYDOC, SELF, Calibration, CalibrationSource, read_text
+from optimum_comp.calibration.text import PYDOC, SELF, Calibration, CalibrationSource, read_beginning
 from optimum_comp.chain_memory import (
     EVALUATE,
     EVALUATE_ONNX,
@@ -404,7 +404,7 @@ class Chain:
             texts.append(self._sampling()[1:])
         for text, column in texts:
             if isinstance(text, (str, Path)) and str(text) not in (SELF, PYDOC):
-                read_text(text, column, 1)
+                read_beginning(text, column, 1)[0](1)
 
     def _require_memory(self) -> None:
         """Say what the steps behind pruning, which keeps to a limit itself, need of memory; refuse what can't fit."""
