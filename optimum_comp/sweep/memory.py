@@ -274,7 +274,8 @@ def predict(work: Workload, plan: MemoryPlan, base: int) -> MemoryPlan:
     if work.has_norm and work.is_aligned:
         # Moments of two halves, their fits, and the matrix, regularised and factorised.
         observing = max(observing + weight, layer + 3 * gram + 5 * weight)
-    matrices = 3 if work.has_mask_form else 1
+    # The moments stay, to tell what the repair is worth; what is eliminated in is a copy.
+    matrices = 4 if work.has_mask_form else 2
     # The weight, its target, the cross moment, a scaled copy of it, and the repaired weight.
     solving = matrices * gram + 5 * weight
     # Attention is decided while its layer is at hand; its moments are copied for each axis.
