@@ -206,7 +206,7 @@ def verify_bundle(folder: str | Path) -> BundleReport:
             _check_file(folder, path, size, digests[name])
         # Of a name that is too long for the file system, for one.
         except OSError as error:
-            raise BundleError(f"{path} can't be read: {error.strerror}.") from error
+            raise BundleError(f"{shown(path)} can't be read: {error.strerror}.") from error
     for path in sorted(folder.rglob("*")):
         _check_inside(folder, path)
         name = path.relative_to(folder).as_posix()
