@@ -715,6 +715,7 @@ def test_fused_graph_has_the_same_weights_and_gives_the_same(chain, environment,
     run_block(environment.python, folder, 1)
 
 
+@pytest.mark.slow
 @needs_genai
 @pytest.mark.parametrize("name", ["llama-untied", "mistral", "qwen2"])
 def test_fused_graph_of_other_families(name, environment, tmp_path, capfd):

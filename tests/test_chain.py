@@ -120,8 +120,14 @@ def require_complete(output: Path, reference: Path) -> None:
     assert litter == []
 
 
-@pytest.mark.parametrize("step", ORDER)
-@pytest.mark.parametrize("kind", ["exception", "ctrl-c"])
+@pytest.mark.parametrize(
+    ("step", "kind"),
+    [
+        *((step, "exception") for step in ORDER),
+        ("prune", "ctrl-c"),
+        *(pytest.param(step, "ctrl-c", marks=pytest.mark.slow) for step in ORDER if step != "prune"),
+    ],
+)
 def test_a_failure_in_this_process_keeps_what_was_finished(step, kind, made, undisturbed, tmp_path, monkeypatch):
     data = recipe_of(made, measure=step == "measure")
     output = tmp_path / "out"

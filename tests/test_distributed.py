@@ -166,6 +166,7 @@ def test_a_bad_value_ends_all_processes(given, tmp_path):
 
 
 TELL = """
+import os
 import torch
 from optimum_comp.sweep.ranks import Ranks
 for _ in range(2):
@@ -177,7 +178,9 @@ for _ in range(2):
     first = ranks.from_first({"rank": ranks.rank, "tensor": torch.arange(3) + 10 * ranks.rank})
     ranks.wait()
 assert number.tolist() == [[3.0, 3.0]] * 2 and largest.tolist() == [[2.0, 2.0]] * 2
-print(ranks.rank, ranks.size, ranks.is_first, first["rank"], first["tensor"].tolist())
+said = f"{ranks.rank} {ranks.size} {ranks.is_first} {first['rank']} {first['tensor'].tolist()}\\n"
+# All at once: the processes write into one pipe.
+os.write(1, said.encode())
 """
 TOLD = ["0 2 True 0 [0, 1, 2]", "1 2 False 0 [0, 1, 2]"]
 
