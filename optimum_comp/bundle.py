@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import importlib.metadata
 import io
 import json
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from optimum_comp import __version__
-from optimum_comp.files import STAGE_RECORD, atomic_folder, check_folder, check_model, write_record
+from optimum_comp.files import STAGE_RECORD, atomic_folder, check_folder, check_model, file_digest, write_record
 from optimum_comp.onnx.export import check_checkpoint
 from optimum_comp.onnx.folders import MODEL_NAME, copy_companions
 from optimum_comp.onnx.fused import can_be_fused, fuse, greedy_tokens
@@ -316,7 +315,7 @@ def _check_file(folder: Path, path: Path, size: int, digest: str) -> None:
         raise BundleError(f"{path} is missing.")
     if path.stat().st_size != size:
         raise BundleError(f"{path} has {path.stat().st_size} bytes; the manifest says {size}.")
-    if _sha256(path) != digest:
+    if file_digest(path) != digest:
         raise BundleError(f"{path} differs from what the manifest says: its SHA-256 is another.")
 
 
@@ -431,7 +430,7 @@ def _write_manifest(
     folder: Path, report: BundleReport, recipe: dict[str, Any], environment: GenaiEnvironment | None
 ) -> None:
     sizes = _sizes(folder)
-    files = [{"path": name, "bytes": size, "sha256": _sha256(folder / name)} for name, size in sizes.items()]
+    files = [{"path": name, "bytes": size, "sha256": file_digest(folder / name)} for name, size in sizes.items()]
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     versions = _versions()
     if environment is not None:
@@ -463,14 +462,6 @@ def _sizes(folder: Path) -> dict[str, int]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     names = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
     return {name: size for name, size in names.items() if name != MANIFEST}
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _readme(folder: Path, report: BundleReport, name: str) -> str:

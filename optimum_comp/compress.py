@@ -16,7 +16,7 @@ from optimum_comp.files import COMPRESSION_SUMMARY, durably
 from optimum_comp.onnx.search import Budget
 from optimum_comp.options import parse_bytes
 from optimum_comp.report.table import evaluation_table
-from optimum_comp.stages.base import DENSE, Stage
+from optimum_comp.stages.base import Stage
 from optimum_comp.stages.bundle import Bundle, BundleSettings
 from optimum_comp.stages.chain import Chain, Cost
 from optimum_comp.stages.export import Export
@@ -41,7 +41,7 @@ class Compression:
         bundle: what the bundle's stage tells of itself; `None` if there is none.
         costs: what each step took, in order.
         notes: what the user has to know.
-        recipe: the file that repeats the run.
+        quantization: what quantization's stage tells of itself; empty if there is none.
     """
 
     output: Path
@@ -217,6 +217,3 @@ def compress(
         stages.append(Bundle(BundleSettings(ort_format=ort_format)))
     made = Recipe(tuple(stages), settings or Settings(), str(model))
     return run(made, output, loading=loading, bundle=bundle, max_memory=max_memory, overwrite=overwrite)
-
-
-__all__ = ["DENSE", "Compression", "Cost", "compress", "run"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -266,6 +267,15 @@ def durably(path: Path) -> Iterator[Path]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    found = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(2**20):
+            found.update(block)
+    return found.hexdigest()
 
 
 def sync_file(path: Path) -> None:

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from optimum_comp.calibration.text import PYDOC, SELF, Calibration, CalibrationSource, source_name
-from optimum_comp.files import STAGE_RECORD
+from optimum_comp.files import STAGE_RECORD, file_digest
 from optimum_comp.options import Option
+from optimum_comp.strict_json import read_object
 
 
 if TYPE_CHECKING:
@@ -112,6 +113,11 @@ class Stage(ABC):
         """
         return
 
+    @property
+    def wants_samples(self) -> bool:
+        """Whether calibration samples are looked at."""
+        return False
+
     def disk_bytes(self, chain: Chain) -> int:
         """Space that making the result takes on the disk at its worst, the result included; about."""
         return 0
@@ -135,22 +141,17 @@ def digest(data: Any) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    found = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(2**20):
-            found.update(block)
-    return found.hexdigest()
+def recorded(folder: Path) -> dict[str, Any]:
+    """What a folder is known by; nothing if it says nothing that can be read."""
+    try:
+        return read_object(folder / STAGE_RECORD)
+    except (OSError, ValueError):
+        return {}
 
 
 def recorded_key(folder: Path) -> str | None:
     """The key under which a folder is known; `None` if it says none."""
-    try:
-        found = json.loads((folder / STAGE_RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    key = found.get("key") if isinstance(found, dict) else None
+    key = recorded(folder).get("key")
     return key if isinstance(key, str) else None
 
 

@@ -37,7 +37,6 @@ from optimum_comp.files import (
     COMPRESSION_SUMMARY,
     JOURNAL,
     RECIPE,
-    STAGE_RECORD,
     atomic_folder,
     check_folder,
     check_model,
@@ -57,6 +56,7 @@ from optimum_comp.stages.base import (
     digest,
     file_digest,
     key_of,
+    recorded,
     recorded_key,
     source_identity,
 )
@@ -304,7 +304,6 @@ class Chain:
             made = self.pruner.sample(config, source, text_column=column, max_memory=self.max_memory)
             record = {"stage": "samples", "key": self.samples_key, **made.describe()}
             clear_debris(self.output / _SAMPLES)
-            # Not a model, and so never overwritten by `atomic_folder`'s rules.
             with atomic_folder(self.output / _SAMPLES, overwrite=True, record=record) as folder:
                 save_file({"tokens": made.tokens.contiguous()}, folder / _TOKENS)
             self._samples = made
@@ -347,7 +346,7 @@ class Chain:
             self.recipe.write(self.output / RECIPE)
             self._tell_plan()
             source = self._sampling()[1]
-            wants_samples = any(not step.is_there and self._needs_samples(step.stage) for step in self._steps)
+            wants_samples = any(not step.is_there and step.stage.wants_samples for step in self._steps)
             if wants_samples and source is not None and source != SELF:
                 # Said before anything takes long: that there is too little text.
                 self.samples()
@@ -371,9 +370,6 @@ class Chain:
 
     def _stage(self, kind: type[S]) -> S | None:
         return next((stage for stage in self.stages if isinstance(stage, kind)), None)
-
-    def _needs_samples(self, stage: Stage) -> bool:
-        return isinstance(stage, Prune) or (isinstance(stage, Quantize) and stage.settings.wants_text)
 
     def _refuse(self) -> None:
         """Refuse what can be refused before any work."""
@@ -399,7 +395,7 @@ class Chain:
     def _read_texts(self) -> None:
         """Look whether there is text where the recipe says so."""
         texts: list[Any] = [(self.measure.text, self.measure.text_column)] if self.measure is not None else []
-        missing = any(not step.is_there and self._needs_samples(step.stage) for step in self._steps)
+        missing = any(not step.is_there and step.stage.wants_samples for step in self._steps)
         if missing and not self.has_samples:
             texts.append(self._sampling()[1:])
         for text, column in texts:
@@ -453,7 +449,7 @@ class Chain:
             check_folder(step.folder, overwrite=True, sources=sources)
             if self.overwrite or not any(step.folder.iterdir()):
                 return
-            there = _record_in(step.folder)
+            there = recorded(step.folder)
         raise FileExistsError(
             f"{step.folder} was made otherwise{_difference(there, record)}. Choose another output folder, or have it "
             "replaced: --overwrite."
@@ -619,7 +615,7 @@ def _like(error: Exception, text: str) -> Exception:
 def _load_samples(folder: Path) -> Calibration | None:
     try:
         tokens = load_file(folder / _TOKENS)["tokens"]
-        told = json.loads((folder / STAGE_RECORD).read_text(encoding="utf-8"))
+        told = recorded(folder)
         found = Calibration(tokens, told["source"], Beginning.from_dict(told))
         return found if found.describe()["sha256"] == told["sha256"] else None
     except (OSError, ValueError, KeyError, TypeError, SafetensorError):
@@ -631,13 +627,6 @@ def _told(step: _Step) -> dict[str, Any]:
     if isinstance(step.stage, Prune):
         return CompReport.load(step.folder).summary()
     return {}
-
-
-def _record_in(folder: Path) -> Any:
-    try:
-        return json.loads((folder / STAGE_RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
 
 
 def _difference(there: Any, record: Mapping[str, Any]) -> str:

@@ -137,6 +137,11 @@ class Prune(Stage):
             )
         chain.pruner.plan(self.config)
 
+    @property
+    def wants_samples(self) -> bool:
+        """See `Stage`."""
+        return True
+
     def disk_bytes(self, chain: Any) -> int:
         """See `Stage`; layer by layer, and once more while the shards are put together."""
         return 2 * int(chain.parameters_after * chain.bytes_per_parameter)

@@ -169,6 +169,11 @@ class Quantize(Stage):
                 f"least {format_bytes(least)}. Prune more (sparsity), or allow more."
             )
 
+    @property
+    def wants_samples(self) -> bool:
+        """See `Stage`."""
+        return self.settings.wants_text
+
     def disk_bytes(self, chain: Any) -> int:
         """See `Stage`; the graph that is on its way is float32 where its weights aren't in blocks."""
         return 5 * int(chain.parameters_after)
