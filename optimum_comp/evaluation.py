@@ -33,7 +33,7 @@ from optimum_comp.configuration import BEGINS
 from optimum_comp.core.layer_scores import next_token_loss
 from optimum_comp.files import check_model
 from optimum_comp.onnx.folders import GRAPH_FILES
-from optimum_comp.options import Choice, Integer, Integers, Text, Texts, option, settings_class
+from optimum_comp.options import Choice, Integer, Integers, Text, Texts, column_option, option, settings_class
 from optimum_comp.report.run import recorded_beginning
 from optimum_comp.utils import (
     explaining,
@@ -65,9 +65,7 @@ class Settings:
         metavar="FILE|DATASET",
         default=PYDOC,
     )
-    text_column: str | None = option(
-        Text("the name of a column"), "Column of a dataset that holds text.", default_text="text", default=None
-    )
+    text_column: str | None = column_option()
     window: int = option(
         Integer(2),
         "Tokens of a window, start tokens included; windows don't overlap, and a window's first token of text isn't "
@@ -105,6 +103,12 @@ class Settings:
     def _require(self) -> None:
         if self.max_tokens and self.max_tokens < self.window:
             raise ValueError(f"max_tokens={self.max_tokens} is not valid: one window takes {self.window} tokens.")
+
+    def as_with(self, first: Evaluation) -> Settings:
+        """The settings for models that are compared with one that was measured first: windows begin as its did."""
+        if self.text is None or self.begins_with is not None:
+            return self
+        return dataclasses.replace(self, begins_with=first.begins_with)
 
 
 @dataclass
@@ -447,8 +451,7 @@ def evaluate_all(
     for name, path in models.items():
         logger.info("Measuring %s ...", name)
         result = evaluate_apart(path, settings, **(loading or {}).get(name, {}))
-        if settings.text is not None and settings.begins_with is None:
-            settings = dataclasses.replace(settings, begins_with=result.begins_with)
+        settings = settings.as_with(result)
         yield name, result
 
 

@@ -321,6 +321,13 @@ def option(kind: Kind, help: str, *, default: Any, **more: Any) -> Any:
     return dataclasses.field(default=default, metadata={"option": made})
 
 
+def column_option() -> Any:
+    """A field for the column of a dataset that holds text."""
+    return option(
+        Text("the name of a column"), "Column of a dataset that holds text.", default=None, default_text="text"
+    )
+
+
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(option,))
 def settings_class(cls: type[T]) -> type[T]:
     """Make a frozen dataclass whose fields are checked when one is made, and listed in its docstring.

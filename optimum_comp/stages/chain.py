@@ -217,14 +217,17 @@ class Chain:
     @cached_property
     def parameters_after(self) -> int:
         """Parameters of the model that is quantized, about."""
-        dense = count_parameters(self._config)
         prune = self._stage(Prune)
-        return dense if prune is None else dense - self.pruner.plan(prune.config).parameters
+        return self._parameters - (0 if prune is None else self.pruner.plan(prune.config).parameters)
 
     @cached_property
     def bytes_per_parameter(self) -> float:
         """What the dense model's weights take on the disk, each."""
-        return weight_bytes(self._folder) / count_parameters(self._config)
+        return weight_bytes(self._folder) / self._parameters
+
+    @cached_property
+    def _parameters(self) -> int:
+        return count_parameters(self._config)
 
     @cached_property
     def dense_sizes(self) -> ModelSizes:
@@ -528,10 +531,7 @@ class Chain:
             cost = self._outcome.costs.setdefault("measure", Cost(0.0))
             cost.seconds += time.perf_counter() - started
         self._outcome.models[artifact.name] = found
-        if settings.text is not None and settings.begins_with is None:
-            # Models whose windows begin differently can't be compared.
-            return dataclasses.replace(settings, begins_with=found.begins_with)
-        return settings
+        return settings.as_with(found)
 
     @property
     def _permissions(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from optimum_comp.calibration.text import CalibrationSource
 from optimum_comp.checkpoint.source import MATMUL_DTYPES
 from optimum_comp.configuration import DEFAULTS, FIELDS, OPTIONS, PRESETS, CompConfig
 from optimum_comp.files import JOURNAL
-from optimum_comp.options import Choice, Integer, Option, Text, option, options_of, settings_class
+from optimum_comp.options import Choice, Integer, Option, Text, column_option, option, options_of, settings_class
 from optimum_comp.stages.base import (
     CHECKPOINT,
     IN_MEMORY,
@@ -34,9 +34,7 @@ class Running:
         default_text="self",
         metavar="FILE|DATASET|self",
     )
-    text_column: str | None = option(
-        Text("the name of a column"), "Column of a dataset that holds text.", default=None, default_text="text"
-    )
+    text_column: str | None = column_option()
     batch_size: int | None = option(
         Integer(1),
         "Samples that go through a layer at a time.",

@@ -24,7 +24,18 @@ from optimum_comp.onnx.quantization import QuantizationReport, quantize_onnx
 from optimum_comp.onnx.recipes import BUDGET, FOUR, RECIPES, TARGETS
 from optimum_comp.onnx.runtime import require_onnxruntime
 from optimum_comp.onnx.search import Budget, search
-from optimum_comp.options import Choice, Integer, Option, Share, Size, Text, option, options_of, settings_class
+from optimum_comp.options import (
+    Choice,
+    Integer,
+    Option,
+    Share,
+    Size,
+    Text,
+    column_option,
+    option,
+    options_of,
+    settings_class,
+)
 from optimum_comp.report.run import recorded_beginning
 from optimum_comp.stages.base import ONNX, Artifact, Stage
 from optimum_comp.utils import format_bytes, get_logger
@@ -96,9 +107,7 @@ class SampleSettings:
         default=PYDOC,
         metavar="FILE|DATASET|self",
     )
-    text_column: str | None = option(
-        Text("the name of a column"), "Column of a dataset that holds text.", default=None, default_text="text"
-    )
+    text_column: str | None = column_option()
     num_samples: int = option(Integer(1), "Calibration samples.", default=32)
     sequence_length: int = option(Integer(2), "Tokens of each calibration sample, start tokens included.", default=512)
     begin: str = option(
