@@ -4,6 +4,7 @@ VENV ?= .venv
 VENV5 ?= .venv-t5
 MODEL ?= smollm2
 SPARSITY ?= 0.2
+DISTIL ?= none
 TEXT ?=
 OUT ?= out
 
@@ -33,8 +34,8 @@ install: $(READY)  ## Make .venv with everything in it
 models/%/config.json: | examples/get_%.py $(READY)
 	$(BIN)/python examples/get_$*.py models/$*
 
-demo: $(READY) models/$(MODEL)/config.json  ## Prune SmolLM2-135M, export, quantize, let it talk, print the report (MODEL=gemma3, TEXT=file, SPARSITY=0.2)
-	$(BIN)/python examples/demo.py --model models/$(MODEL) --sparsity $(SPARSITY) $(if $(TEXT),--text $(TEXT)) $(OUT)/demo
+demo: $(READY) models/$(MODEL)/config.json  ## Prune SmolLM2-135M, export, quantize, let it talk, print the report (MODEL=gemma3, TEXT=file, SPARSITY=0.2, DISTIL=10min)
+	$(BIN)/python examples/demo.py --model models/$(MODEL) --sparsity $(SPARSITY) --distil $(DISTIL) $(if $(TEXT),--text $(TEXT)) $(OUT)/demo
 
 test: $(READY)  ## Run the default tests
 	$(BIN)/python -m pytest

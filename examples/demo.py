@@ -3,7 +3,7 @@
     python examples/demo.py --model models/smollm2 out/demo
 
 Needs no text from outside: Python's own documentation is split in two, one part calibrates, the other measures
-perplexity. `--text FILE` does the same with a text of yours.
+perplexity. `--text FILE` does the same with a text of yours; `--distil 10min` distils on the first part after pruning.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from optimum_comp import CompConfig
+from optimum_comp import CompConfig, DistilSettings
 from optimum_comp.calibration.text import PYDOC, read_text, tokenize
 from optimum_comp.compress import compress
 from optimum_comp.evaluation import Settings
+from optimum_comp.options import Duration
 from optimum_comp.utils import ROOT_LOGGER
 
 
@@ -38,6 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="local folder or hub id")
     parser.add_argument("--sparsity", type=float, default=0.2)
+    parser.add_argument("--distil", default="none", help="how long to distil, like 10min [not at all]")
     parser.add_argument("--text", default=PYDOC, help="a text file; Python's documentation by default")
     parser.add_argument("--prompt", action="append", help="ask this; can be given several times")
     parser.add_argument("output", type=Path)
@@ -70,10 +72,17 @@ def run(args: argparse.Namespace) -> str:
     calibration, held_out = folder / "calibration.txt", folder / "held-out.txt"
     calibration.write_text(text[:cut], encoding="utf-8")
     held_out.write_text(text[cut:], encoding="utf-8")
+    distil = None if args.distil == "none" else DistilSettings(time=Duration().check("distil", args.distil))
     prompts = args.prompt or (QUESTIONS if tokenizer.chat_template else BEGINNINGS)
     settings = Settings(text=str(held_out), max_tokens=10240, prompts=prompts, new_tokens=32)
     result = compress(
-        args.model, args.output, config=config, calibration=calibration, settings=settings, overwrite=True
+        args.model,
+        args.output,
+        config=config,
+        calibration=calibration,
+        distil=distil,
+        settings=settings,
+        overwrite=True,
     )
     return result.text()
 

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["CompConfig", "CompPruner", "CompReport", "__version__"]
+__all__ = ["CompConfig", "CompPruner", "CompReport", "DistilSettings", "__version__", "distil"]
 
 if TYPE_CHECKING:
     from optimum_comp.configuration import CompConfig
+    from optimum_comp.distillation.run import distil
+    from optimum_comp.distillation.settings import DistilSettings
     from optimum_comp.pruner import CompPruner
     from optimum_comp.report.run import CompReport
 
@@ -19,6 +21,8 @@ _HOMES = {
     "CompConfig": "optimum_comp.configuration",
     "CompPruner": "optimum_comp.pruner",
     "CompReport": "optimum_comp.report.run",
+    "DistilSettings": "optimum_comp.distillation.settings",
+    "distil": "optimum_comp.distillation.run",
 }
 
 

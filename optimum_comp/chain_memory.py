@@ -20,12 +20,12 @@ from optimum_comp.onnx.calibration import GRAM_BYTES
 from optimum_comp.utils import format_bytes, parameter_count
 
 
-_BASE = 470 * 10**6
+BASE_BYTES = 470 * 10**6
 """Python, torch, transformers, optimum and ONNX Runtime, with what they load when they are first used."""
 _ROUNDING_BYTES = 2**29
 """What rounding takes at most for some of a matrix's rows, beside its matrices."""
 
-EXPORT, QUANTIZE, SEARCH, BUNDLE = "export", "quantize", "search", "bundle"
+DISTIL, EXPORT, QUANTIZE, SEARCH, BUNDLE = "distil", "export", "quantize", "search", "bundle"
 EVALUATE, EVALUATE_ONNX, EVALUATE_QUANTIZED = "evaluate", "evaluate onnx", "evaluate quantized"
 
 
@@ -69,7 +69,7 @@ class Load:
 
     tokens: int = 512
     with_text: bool = False
-    base: int = _BASE
+    base: int = BASE_BYTES
 
 
 def sizes_of(config: Any, dtype: torch.dtype) -> ModelSizes:
@@ -159,6 +159,8 @@ STEPS: dict[str, Callable[[ModelSizes, Load], int]] = {
 """Step -> bytes that it takes beyond what the process has taken before."""
 
 _WAYS_OUT = {
+    DISTIL: "take smaller steps (batch_size, sequence_length), low-rank additions (lora_rank), or a machine with more "
+    "memory.",
     EXPORT: "ONNX's exporter holds the whole model in float32 several times: prune here, and export on a machine with "
     "more memory.",
     QUANTIZE: "the whole float32 graph is held several times: quantize on a machine with more memory.",
@@ -184,6 +186,11 @@ def predict_peak(step: str, sizes: ModelSizes, load: Load | None = None) -> int:
     return load.base + STEPS[step](sizes, load)
 
 
+def available_memory() -> int:
+    """What this process has taken, which is part of what each step needs, and what is free, in bytes."""
+    return int(psutil.Process().memory_info().rss) + free_memory()
+
+
 def require_memory(steps: Mapping[str, int], limit: int | None) -> None:
     """Refuse a chain one step of which won't fit, before the first one starts.
 
@@ -195,9 +202,7 @@ def require_memory(steps: Mapping[str, int], limit: int | None) -> None:
     Raises:
         ValueError: a step needs more; names the first one, what it needs and what is there, and says what to do.
     """
-    # What this process has taken is part of what each step needs.
-    free = psutil.Process().memory_info().rss + free_memory()
-    room, named = (free, "are there") if limit is None else (limit, "are allowed (max_memory)")
+    room, named = (available_memory(), "are there") if limit is None else (limit, "are allowed (max_memory)")
     for step, needed in steps.items():
         if needed > room:
             raise ValueError(

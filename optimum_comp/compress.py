@@ -11,6 +11,7 @@ from typing import Any
 
 from optimum_comp.calibration.text import CalibrationSource
 from optimum_comp.configuration import CompConfig
+from optimum_comp.distillation.settings import DistilSettings
 from optimum_comp.evaluation import Evaluation, Settings
 from optimum_comp.files import COMPRESSION_SUMMARY, durably
 from optimum_comp.onnx.search import Budget
@@ -19,6 +20,7 @@ from optimum_comp.report.table import evaluation_table
 from optimum_comp.stages.base import Stage
 from optimum_comp.stages.bundle import Bundle, BundleSettings
 from optimum_comp.stages.chain import Chain, Cost
+from optimum_comp.stages.distil import Distil
 from optimum_comp.stages.export import Export
 from optimum_comp.stages.prune import Prune, Running
 from optimum_comp.stages.quantize import Quantize, QuantizeSettings
@@ -41,6 +43,7 @@ class Compression:
         bundle: what the bundle's stage tells of itself; `None` if there is none.
         costs: what each step took, in order.
         notes: what the user has to know.
+        distillation: what distillation's stage tells of itself; empty if there is none.
         quantization: what quantization's stage tells of itself; empty if there is none.
     """
 
@@ -51,6 +54,7 @@ class Compression:
     costs: dict[str, Cost] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     quantization: dict[str, Any] = field(default_factory=dict)
+    distillation: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -58,6 +62,7 @@ class Compression:
             "output": str(self.output),
             "pruning": self.pruning,
             "stages": {name: stage.to_dict() for name, stage in self.stages.items()},
+            "distillation": self.distillation,
             "quantization": self.quantization,
             "bundle": self.bundle,
             "costs": {name: dataclasses.asdict(cost) for name, cost in self.costs.items()},
@@ -148,6 +153,7 @@ def run(
         outcome.costs,
         outcome.notes,
         outcome.results.get(Quantize.name, {}),
+        outcome.results.get(Distil.name, {}),
     )
     for name, text in (
         (COMPRESSION_SUMMARY, json.dumps(result.to_dict(), indent=1, default=str) + "\n"),
@@ -170,6 +176,7 @@ def compress(
     matmul_dtype: str = "auto",
     recipe: str = "int8",
     target: str = "any",
+    distil: DistilSettings | None = None,
     budget: Budget | None = None,
     settings: Settings | None = None,
     bundle: str | Path | None = None,
@@ -190,6 +197,7 @@ def compress(
         matmul_dtype: of the pruning; see `CompPruner.prune`.
         recipe: how to quantize; not used with a budget.
         target: the processor that it is for.
+        distil: train the pruned model on the dense one's predictions, like this; `None`: not.
         budget: search for the mix of precisions that keeps it, relative to the pruned model.
         settings: what to measure.
         bundle: folder to make a bundle for a phone in (see `write_bundle`); `None` for none.
@@ -211,8 +219,10 @@ def compress(
         max_size=None if budget is None else budget.size,
     )
     running = Running(text_column=text_column, batch_size=batch_size, matmul_dtype=matmul_dtype)
-    stages: list[Stage] = [Prune(config, running, calibration, is_equalized=config.equalize), Export()]
-    stages.append(Quantize(quantization))
+    stages: list[Stage] = [Prune(config, running, calibration, is_equalized=config.equalize)]
+    if distil is not None:
+        stages.append(Distil(distil))
+    stages += [Export(), Quantize(quantization)]
     if bundle is not None:
         stages.append(Bundle(BundleSettings(ort_format=ort_format)))
     made = Recipe(tuple(stages), settings or Settings(), str(model))

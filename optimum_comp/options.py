@@ -27,6 +27,9 @@ _SHOWN = 80
 _SIZE = r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*([kmgt]?i?)b?\s*"
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
+_DURATION = r"\s*(\d{1,12}(?:\.\d{1,12})?)\s*(s|sec|min|m|h|)\s*"
+_SECONDS = {"": 1, "s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600}
+
 
 class Kind(Protocol):
     """What values a setting takes."""
@@ -273,6 +276,28 @@ class Size:
         if not found or found[2] not in _UNITS or int(float(found[1]) * _UNITS[found[2]]) < 1:
             raise ValueError(f"{field}={shown(value)} is not valid: give a size like 4GB or 1.5GiB.")
         return int(float(found[1]) * _UNITS[found[2]])
+
+    def parse(self, text: str) -> Any:
+        """See `Kind`."""
+        return text
+
+
+@dataclasses.dataclass(frozen=True)
+class Duration:
+    """Seconds as a number or as text: `90s`, `30min`, `1.5h`; comes back as seconds."""
+
+    type = "float or str"
+
+    def check(self, field: str, value: Any) -> float:
+        """See `Kind`."""
+        seconds = 0.0
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and -(2**63) < value < 2**63:
+            seconds = float(value)
+        elif isinstance(value, str) and (found := re.fullmatch(_DURATION, value.lower())):
+            seconds = float(found[1]) * _SECONDS[found[2]]
+        if not seconds > 0:
+            raise ValueError(f"{field}={shown(value)} is not valid: give a time like 30min, 90s or 1.5h.")
+        return seconds
 
     def parse(self, text: str) -> Any:
         """See `Kind`."""

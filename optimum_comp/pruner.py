@@ -16,7 +16,14 @@ import torch
 from torch import nn
 
 from optimum_comp.beginning import decide, losses_of_model, losses_of_source
-from optimum_comp.calibration.text import SELF, Calibration, CalibrationSource, prepare_calibration, source_name
+from optimum_comp.calibration.text import (
+    SELF,
+    Calibration,
+    CalibrationSource,
+    is_self,
+    prepare_calibration,
+    source_name,
+)
 from optimum_comp.checkpoint.opening import GENERATION_CONFIG, find_device, open_config, open_source
 from optimum_comp.checkpoint.parts import join_parts
 from optimum_comp.checkpoint.reader import weight_files
@@ -311,7 +318,7 @@ class CompPruner:
         work = workload_of(self._source, config, allocation, self._ranks)
         batch_size = batch_size or good_batch_size(config.sequence_length, self._source.device)
         # Said now if it can't fit, and once more with what libraries take that are loaded by then.
-        is_written = unfinished is None and self._ranks.is_first and _is_self(calibration)
+        is_written = unfinished is None and self._ranks.is_first and is_self(calibration)
         first = plan_memory(work, batch_size, limit, writing_of(self._source, config) if is_written else None)
         started = time.perf_counter()
         fingerprint = self._ranks.from_first(self._source.check() if self._ranks.is_first else "")
@@ -391,7 +398,7 @@ class CompPruner:
             ValueError: too little text or memory, no such file, no such column, or no text in it.
         """
         config, together = CompConfig() if config is None else config, 0
-        if _is_self(calibration):
+        if is_self(calibration):
             work = workload_of(self._source, config, self.plan(config), self._ranks)
             limit = None if max_memory is None else parse_bytes(max_memory)
             batch_size = good_batch_size(config.sequence_length, self._source.device)
@@ -401,7 +408,7 @@ class CompPruner:
     def _made_samples(
         self, config: CompConfig, calibration: CalibrationSource | None, text_column: str | None, together: int
     ) -> Calibration:
-        calibration, writes = SELF if calibration is None else calibration, _is_self(calibration)
+        calibration, writes = SELF if calibration is None else calibration, is_self(calibration)
         model = self._source.whole() if writes else self._source.model
         losses = losses_of_model(model) if writes else losses_of_source(self._source)
         return prepare_calibration(
@@ -698,11 +705,6 @@ class CompPruner:
 def _sizes(counts: dict[str, int]) -> str:
     heads = f", {counts[HEADS]} heads, {counts[KV]} key-value heads" if HEADS in counts else ""
     return f"{counts[FFN]} neurons{heads}"
-
-
-def _is_self(calibration: CalibrationSource | None) -> bool:
-    """Whether the model is to write its calibration text itself."""
-    return calibration is None or (isinstance(calibration, str) and calibration == SELF)
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

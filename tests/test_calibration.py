@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 
 import datasets
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from optimum_comp.calibration.mix import counts_of, parts_of
 from optimum_comp.calibration.self_written import seeded
 from optimum_comp.calibration.text import (
     choose_blocks,
@@ -292,3 +294,54 @@ def test_little_of_a_long_text_is_read_and_tokenized(tmp_path):
 
 def test_tokenize_adds_nothing():
     assert tokenize(tiny_tokenizer(), "abc").numel() == 3
+
+
+def test_a_mix_takes_its_shares(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(name * 2000)
+    source = f"{tmp_path / 'a.txt'}:0.75,{tmp_path / 'b.txt'}:0.25"
+    found = prepare_calibration(source, model=None, tokenizer=tiny_tokenizer(), num_samples=8, sequence_length=16)
+    letters = [tiny_tokenizer().decode(block)[0] for block in found.tokens]
+    assert letters.count("a") == 6 and letters.count("b") == 2
+    assert letters != sorted(letters)
+    assert found.source == "a.txt 75%, b.txt 25%"
+
+
+@settings(deadline=None)
+@given(shares=st.lists(st.floats(0.05, 5), min_size=2, max_size=6), samples=st.integers(1, 200))
+def test_counts_of_a_mix_add_up(shares, samples):
+    parts = parts_of(",".join(f"t{number}:{share!r}" for number, share in enumerate(shares)))
+    assert sum(part.share for part in parts) == pytest.approx(1)
+    try:
+        counts = counts_of(parts, samples)
+    except ValueError as error:
+        assert "leaves" in str(error) and "none; take more samples" in str(error)
+        return
+    assert sum(counts) == samples and min(counts) >= 1
+    assert all(abs(count - part.share * samples) < 1 for count, part in zip(counts, parts, strict=True))
+
+
+def test_what_is_no_mix_is_one_source(tmp_path):
+    odd = tmp_path / "a,b:0.5"
+    odd.write_text("text")
+    for source in (str(odd), "pydoc", "self", "wikitext:wikitext-2-raw-v1:test", str(tmp_path / "no.txt")):
+        assert parts_of(source) == ()
+    assert [part.source for part in parts_of("wikitext:raw:test:0.5,self")] == ["wikitext:raw:test", "self"]
+    # A number beyond a share is a name's; a comma in the name of a file that is there divides nothing.
+    assert parts_of("corpus:2021") == parts_of("pydoc:0") == ()
+    assert [part.source for part in parts_of(f"{odd}:0.25,self")] == [str(odd), "self"]
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("pydoc:0,self:1", "gives 'pydoc' the share 0; it must be above 0"),
+        ("pydoc:-1,self:1", "gives 'pydoc' the share -1; it must be above 0"),
+        ("pydoc:nan,self", "gives 'pydoc' the share nan"),
+        ("pydoc,pydoc", "names 'pydoc' twice"),
+        ("pydoc,,self", "names an empty source; write a mix as SOURCE:SHARE"),
+    ],
+)
+def test_a_mix_that_is_none_is_refused(source, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        parts_of(source)

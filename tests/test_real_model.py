@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optimum_comp import CompConfig, CompPruner
+from optimum_comp import CompConfig, CompPruner, DistilSettings, distil
 from optimum_comp.calibration.text import choose_blocks, read_text, tokenize
 from optimum_comp.evaluation import load_model, perplexity
 from optimum_comp.onnx.export import export_onnx
@@ -56,6 +56,18 @@ def test_pruned_20_percent(pruned, text, dense_perplexity):
     model = AutoModelForCausalLM.from_pretrained(pruned).eval()
     # 1.0875 times it.
     assert perplexity(model, text[1])[0] < 1.11 * dense_perplexity
+
+
+def test_a_little_distillation_brings_it_nearer(real_model, pruned, text, tmp_path):
+    (tmp_path / "text.txt").write_text(text[0])
+    chosen = DistilSettings(text=[str(tmp_path / "text.txt")], steps=8)
+    found = distil(pruned, real_model, tmp_path / "out", chosen)
+    assert found.steps == 8 and found.peak_memory_bytes < 7e9
+    before, after = (
+        perplexity(AutoModelForCausalLM.from_pretrained(folder).eval(), text[1])[0]
+        for folder in (pruned, tmp_path / "out")
+    )
+    assert after < before
 
 
 def test_it_talks_the_same_with_and_without_cache(pruned):

@@ -24,7 +24,7 @@ from conftest import CLI, run, run_until, tiny_blocks, tiny_model, tiny_tokenize
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from optimum_comp import CompConfig, CompPruner
-from optimum_comp.checkpoint.source import _multiplies_bfloat16
+from optimum_comp.checkpoint.source import multiplies_bfloat16
 from optimum_comp.evaluation import Settings, evaluate, load_model
 from optimum_comp.sweep.journal import Journal
 from optimum_comp.sweep.pruning import PruningRun
@@ -155,7 +155,7 @@ def test_going_on_takes_what_is_not_given_from_the_journal(tiny_folder, tmp_path
     interrupted(tiny_folder, tmp_path / "out", monkeypatch)
     # On a processor of another kind.
     monkeypatch.setattr(
-        "optimum_comp.checkpoint.source._multiplies_bfloat16", lambda device: not _multiplies_bfloat16(device)
+        "optimum_comp.checkpoint.source.multiplies_bfloat16", lambda device: not multiplies_bfloat16(device)
     )
     CompPruner.from_pretrained(tiny_folder).prune(output=tmp_path / "out", resume=True)
     assert digest(tmp_path / "out") == undisturbed

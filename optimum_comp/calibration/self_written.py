@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
+from optimum_comp.calibration.prompts import prompts
 from optimum_comp.utils import progress_disabled
 
 
@@ -23,6 +24,8 @@ _LOGIT_BYTES = 128
 these; measured."""
 _TOP_P = 0.95
 _TEMPERATURE = 1.0
+_EPSILON = 1e-3
+"""Tokens less likely than that aren't drawn (Hewitt et al., arXiv 2210.15191)."""
 
 
 @torch.no_grad()
@@ -85,6 +88,72 @@ def write_text(
                 )
                 blocks.append(written[:, len(start) :].cpu())
     return torch.cat(blocks)
+
+
+@torch.no_grad()
+def converse(
+    model: Any,
+    tokenizer: Any,
+    num_samples: int,
+    sequence_length: int,
+    seed: int,
+    *,
+    together: int | None = None,
+) -> Tensor:
+    """Have a chat model answer requests of many kinds, and cut what both said, template included, into blocks.
+
+    Args:
+        model: a causal language model of transformers.
+        tokenizer: its tokenizer, with a chat template.
+        num_samples: blocks.
+        sequence_length: tokens of a block.
+        seed: of the requests and of the sampling; the global random state is left as it was.
+        together: answers written side by side; another number writes another text. `side_by_side` if `None`.
+
+    Returns:
+        `[num_samples, sequence_length]`, int64.
+    """
+    needed = num_samples * sequence_length
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    ends = set(ends) if isinstance(ends, list) else {ends}
+    settings = GenerationConfig(
+        do_sample=True,
+        temperature=_TEMPERATURE,
+        top_k=0,
+        # In place of a nucleus, which would have the whole vocabulary sorted for every token.
+        epsilon_cutoff=_EPSILON,
+        max_new_tokens=sequence_length,
+        eos_token_id=getattr(model.generation_config, "eos_token_id", None),
+        pad_token_id=0,
+    )
+    asked = prompts(seed)
+    written: list[Tensor] = []
+    with seeded(seed, model.device):
+        together = together or side_by_side(model.config, model.dtype.itemsize, 2 * sequence_length)
+        with tqdm(total=needed, desc="Writing calibration text", unit="tok", disable=progress_disabled()) as progress:
+            while needed > 0:
+                requests = [_request(tokenizer, next(asked)) for _ in range(together)]
+                longest = max(map(len, requests))
+                ids = torch.tensor([[0] * (longest - len(each)) + each for each in requests], device=model.device)
+                there = torch.tensor([[0] * (longest - len(each)) + [1] * len(each) for each in requests])
+                answers = model.generate(
+                    ids, attention_mask=there.to(model.device), generation_config=settings, use_cache=True
+                )
+                for request, answer in zip(requests, answers[:, longest:].cpu(), strict=True):
+                    over = [place for place, token in enumerate(answer.tolist()) if token in ends][:1]
+                    # Without an end, it was cut off: what is there is as good.
+                    whole = torch.cat([torch.tensor(request), answer[: over[0] + 1] if over else answer])
+                    progress.update(min(len(whole), max(needed, 0)))
+                    needed -= len(whole)
+                    written.append(whole)
+    return torch.cat(written)[: num_samples * sequence_length].view(num_samples, sequence_length)
+
+
+def _request(tokenizer: Any, text: str) -> list[int]:
+    """A request in the words of a chat template, up to where the answer begins."""
+    turns = [{"role": "user", "content": text}]
+    said = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    return list(tokenizer(said, add_special_tokens=False)["input_ids"])
 
 
 @contextlib.contextmanager

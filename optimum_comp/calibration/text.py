@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from optimum_comp.beginning import Beginning, in_front, spread, start_tokens
+from optimum_comp.calibration.mix import counts_of, parts_of
 from optimum_comp.utils import explaining, get_logger, is_there, progress_disabled, shown
 
 
@@ -105,25 +106,58 @@ def prepare_calibration(
         blocks = _checked_blocks(source, num_samples, sequence_length)
         _require_known(blocks, model, TOKEN_BLOCKS)
         return Calibration(blocks, TOKEN_BLOCKS)
-    if isinstance(source, str) and source == SELF:
-        from optimum_comp.calibration.self_written import write_text
+    parts = parts_of(source)
+    sources: list[Any] = [part.source for part in parts] or [source]
+    counts = counts_of(parts, num_samples) if parts else [num_samples]
+    texts = [(torch.empty(0, dtype=torch.int64), "")] * len(sources)
+    # Files first: what is wrong with them is known before the model writes for minutes.
+    for number in sorted(range(len(sources)), key=lambda number: _is_written(sources[number])):
+        each, count = sources[number], counts[number]
+        if _is_written(each):
+            if model is None:
+                raise ValueError('calibration="self" needs the model that is to write the text.')
+            texts[number] = (_written(model, tokenizer, count, sequence_length, seed, together), SELF)
+            continue
+        if tokenizer is None:
+            raise ValueError("calibration on text needs a tokenizer: give CompPruner.from_pretrained one.")
+        text, name = read_text(each, text_column, needed=count * sequence_length)
+        tokens = tokenize(tokenizer, text)
+        # As if blocks began with nothing: so the same text is enough whatever is decided.
+        _require(tokens.numel(), count, sequence_length, name)
+        _require_known(tokens, model, "what the tokenizer makes of the text")
+        texts[number] = (tokens, name)
+    pieces = [spread(tokens, sequence_length) for tokens, _ in texts]
+    beginning, room = _decided(begin, torch.cat(pieces) if parts else pieces[0], sequence_length)
+    found = [
+        in_front(beginning.tokens, tokens[:, :room])
+        if tokens.dim() == 2
+        else choose_blocks(tokens, count, sequence_length, seed, name, beginning.tokens)
+        for (tokens, name), count in zip(texts, counts, strict=True)
+    ]
+    if not parts:
+        return Calibration(found[0], texts[0][1], beginning)
+    # Mixed, so that whoever looks at some of them only looks at all sources.
+    order = torch.randperm(num_samples, generator=torch.Generator().manual_seed(seed))
+    return Calibration(torch.cat(found)[order], source_name(source), beginning)
 
-        if model is None:
-            raise ValueError('calibration="self" needs the model that is to write the text.')
-        start = [] if tokenizer is None else start_tokens(tokenizer)
-        written = write_text(model, tokenizer, num_samples, sequence_length, seed, start=start, together=together)
-        beginning, room = _decided(begin, written, sequence_length)
-        return Calibration(in_front(beginning.tokens, written[:, :room]), SELF, beginning)
-    if tokenizer is None:
-        raise ValueError("calibration on text needs a tokenizer: give CompPruner.from_pretrained one.")
-    text, name = read_text(source, text_column, needed=num_samples * sequence_length)
-    tokens = tokenize(tokenizer, text)
-    # As if blocks began with nothing: so the same text is enough whatever is decided.
-    _require(tokens.numel(), num_samples, sequence_length, name)
-    _require_known(tokens, model, "what the tokenizer makes of the text")
-    beginning, _ = _decided(begin, tokens, sequence_length)
-    blocks = choose_blocks(tokens, num_samples, sequence_length, seed, name, beginning.tokens)
-    return Calibration(blocks, name, beginning)
+
+def _written(
+    model: nn.Module, tokenizer: Any, count: int, sequence_length: int, seed: int, together: int | None
+) -> Tensor:
+    """Text that the model writes, `[count, sequence_length]`."""
+    from optimum_comp.calibration.self_written import write_text
+
+    start = [] if tokenizer is None else start_tokens(tokenizer)
+    return write_text(model, tokenizer, count, sequence_length, seed, start=start, together=together)
+
+
+def is_self(source: Any) -> bool:
+    """Whether the model is to write this text, or a part of it, itself; nothing said means that it is."""
+    return source is None or _is_written(source) or any(_is_written(part.source) for part in parts_of(source))
+
+
+def _is_written(source: Any) -> bool:
+    return isinstance(source, str) and source == SELF
 
 
 def read_text(source: Any, text_column: str | None = None, needed: int | None = None) -> tuple[str, str]:
@@ -196,6 +230,9 @@ def source_name(source: Any) -> str:
         return source.source
     if isinstance(source, Tensor):
         return TOKEN_BLOCKS
+    parts = parts_of(source)
+    if parts:
+        return ", ".join(f"{source_name(part.source)} {part.share:.0%}" for part in parts)
     if isinstance(source, (str, Path)):
         return Path(source).name if is_there(source) and Path(source).is_file() else str(source)
     if hasattr(source, "column_names"):
@@ -283,9 +320,11 @@ def _require_known(tokens: Tensor, model: nn.Module | None, what: str) -> None:
         )
 
 
-def _decided(begin: Callable[[Tensor], Beginning] | None, text: Tensor, sequence_length: int) -> tuple[Beginning, int]:
-    """What blocks of a text begin with, and the tokens of text that remain in each."""
-    beginning = Beginning() if begin is None else begin(spread(text, sequence_length))
+def _decided(
+    begin: Callable[[Tensor], Beginning] | None, pieces: Tensor, sequence_length: int
+) -> tuple[Beginning, int]:
+    """What blocks begin with, by pieces of the text, and the tokens of text that remain in each."""
+    beginning = Beginning() if begin is None else begin(pieces)
     room = sequence_length - len(beginning.tokens)
     if room < 1:
         raise ValueError(

@@ -273,7 +273,7 @@ def find_matmul_dtype(given: str, source: ModelSource) -> torch.dtype:
         raise ValueError(f"matmul_dtype={given!r} is not valid: it must be one of {', '.join(MATMUL_DTYPES)}.")
     computes = source.compute_dtype
     if given == "auto":
-        return torch.bfloat16 if computes == torch.float32 and _multiplies_bfloat16(source.device) else computes
+        return torch.bfloat16 if computes == torch.float32 and multiplies_bfloat16(source.device) else computes
     if source.device.type != "cpu":
         raise ValueError(
             f"matmul_dtype={given!r} is for the CPU; on {source.device.type}, layers are computed in the dtype that "
@@ -282,7 +282,7 @@ def find_matmul_dtype(given: str, source: ModelSource) -> torch.dtype:
     return torch.bfloat16 if given == "bfloat16" else computes
 
 
-def _multiplies_bfloat16(device: torch.device) -> bool:
+def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether a processor has instructions for products of bfloat16 matrices; without, they are slower than float32.
 
     Arm's aren't counted: nobody has measured there what is gained.

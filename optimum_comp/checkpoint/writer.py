@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from optimum_comp.checkpoint.tokenizer import save_tokenizer
 from optimum_comp.configuration import CompConfig
 from optimum_comp.files import write_record
 from optimum_comp.report.model_card import model_card
-from optimum_comp.report.run import CompReport
+from optimum_comp.report.run import REPORT_NAME, CompReport
 
 
 def fill_folder(
@@ -43,6 +44,13 @@ def fill_folder(
     model_card(report, config, base_model=source).save(folder / "README.md")
     if record is not None:
         write_record(folder, record)
+
+
+def copy_side_cars(source: Path, folder: Path) -> None:
+    """Copy what says how a folder was pruned into a folder that is made of it; nothing where it wasn't."""
+    for name in (CompConfig.CONFIG_NAME, REPORT_NAME):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 def upload(folder: Path, repo_id: str, **kwargs: Any) -> str:

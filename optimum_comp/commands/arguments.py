@@ -19,7 +19,11 @@ _HELP_WIDTH = 76
 
 
 def add_options(
-    parser: Any, known: Mapping[str, Option], defaults: Mapping[str, Any], without: Container[str] = ()
+    parser: Any,
+    known: Mapping[str, Option],
+    defaults: Mapping[str, Any],
+    without: Container[str] = (),
+    prefix: str = "",
 ) -> None:
     """One option of the command line for each setting; what isn't given is `None`.
 
@@ -28,11 +32,12 @@ def add_options(
         known: the settings.
         defaults: what they are if nothing is given.
         without: settings that the command line leaves out.
+        prefix: in front of each name, where two stages have settings of one name.
     """
     for name, each in known.items():
         if name in without:
             continue
-        flag = each.flag or f"--{name.replace('_', '-')}"
+        flag = each.flag or f"--{prefix}{name}".replace("_", "-")
         text = "\n".join(textwrap.wrap(each.described(defaults[name]), _HELP_WIDTH)).replace("%", "%%")
         more: dict[str, Any]
         if isinstance(each.kind, Boolean):
@@ -41,12 +46,13 @@ def add_options(
             more = {"type": each.kind.parse, "metavar": each.metavar}
             if isinstance(each.kind, Texts):
                 more["action"] = "append"
-        parser.add_argument(flag, dest=name, default=None, help=text, **more)
+        parser.add_argument(flag, dest=f"{prefix}{name}", default=None, help=text, **more)
 
 
-def given_options(args: Any, known: Iterable[str]) -> dict[str, Any]:
+def given_options(args: Any, known: Iterable[str], prefix: str = "") -> dict[str, Any]:
     """Settings that the command line gives."""
-    return {name: getattr(args, name) for name in known if getattr(args, name, None) is not None}
+    found = {name: getattr(args, f"{prefix}{name}", None) for name in known}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def add_loading_arguments(parser: ArgumentParser) -> None:

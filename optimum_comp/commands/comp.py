@@ -5,6 +5,7 @@ from __future__ import annotations
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from optimum_comp.commands.compress import CompressCommand
+from optimum_comp.commands.distil import DistilCommand
 from optimum_comp.commands.evaluate import BenchCommand, EvaluateCommand
 from optimum_comp.commands.explain import ExplainCommand
 from optimum_comp.commands.families import FamiliesCommand
@@ -20,6 +21,7 @@ class CompCommand(BaseOptimumCLICommand):
         CommandInfo(command.COMMAND.name, command.COMMAND.help, subcommand_class=command)
         for command in (
             PruneCommand,
+            DistilCommand,
             QuantizeCommand,
             CompressCommand,
             EvaluateCommand,

@@ -19,7 +19,9 @@ class CompressCommand(CompSubcommand):
     def declare(self, parser: ArgumentParser) -> None:
         """See `CompSubcommand`."""
         from optimum_comp.commands import arguments
+        from optimum_comp.distillation.settings import DistilSettings
         from optimum_comp.options import defaults_of, options_of
+        from optimum_comp.stages.distil import Distil
         from optimum_comp.stages.quantize import QuantizeSettings
         from optimum_comp.stages.recipe import shipped
 
@@ -37,6 +39,14 @@ class CompressCommand(CompSubcommand):
             help="Go on with what is in OUTPUT, by the recipe that lies there; other options\nchange it.",
         )
         arguments.add_pruning_arguments(parser)
+        group = parser.add_argument_group("distillation")
+        group.add_argument(
+            "--distil",
+            action="store_true",
+            help="Train the pruned model on the dense one's predictions, without labels, before\nit is exported.",
+        )
+        defaults = {"teacher": None, **defaults_of(DistilSettings)}
+        arguments.add_options(group, Distil.options(), defaults, without={"teacher"}, prefix="distil_")
         group = parser.add_argument_group("quantization")
         group.add_argument("--weights", choices=("int8", "int4"), help="Bits of the weights [int8].")
         quantizing, defaults = options_of(QuantizeSettings), defaults_of(QuantizeSettings)
@@ -89,6 +99,7 @@ class CompressCommand(CompSubcommand):
         from optimum_comp.commands.arguments import given_options, measuring_settings, pruning_settings
         from optimum_comp.files import RECIPE
         from optimum_comp.options import options_of
+        from optimum_comp.stages.distil import Distil
         from optimum_comp.stages.quantize import QuantizeSettings, SampleSettings
         from optimum_comp.stages.recipe import Recipe, find
 
@@ -117,10 +128,18 @@ class CompressCommand(CompSubcommand):
                 raise ValueError(
                     f"the recipe has no {stage}, which {', '.join(settings)} would be for; choose another recipe."
                 )
+        distil = given_options(args, Distil.options(), prefix="distil_")
+        if {"time", "steps"} & distil.keys():
+            # One takes the place of the other, which the recipe may have.
+            distil = {"time": None, "steps": None, **distil}
+        if args.distil or distil:
+            stages["distil"] = distil
         if args.bundle is not None or args.ort_format:
             stages["bundle"] = {"ort_format": True} if args.ort_format else {}
         changes: dict[str, Any] = {
-            "stages": {name: settings for name, settings in stages.items() if settings or name == "bundle"},
+            "stages": {
+                name: settings for name, settings in stages.items() if settings or name in ("bundle", "distil")
+            },
             "measure": False if args.no_measure else measuring_settings(args),
             "loading": loading,
         }

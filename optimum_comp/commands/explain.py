@@ -48,7 +48,7 @@ def explain(folder: Path, layer: int | None = None) -> dict[str, dict[str, Any]]
         layer: only this layer of the dense model, and only what pruning decided.
 
     Returns:
-        Name of the folder -> what `explain_pruning` or `explain_quantization` says.
+        Name of the folder -> what `explain_pruning`, `explain_distillation` or `explain_quantization` says.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -68,8 +68,15 @@ def explain(folder: Path, layer: int | None = None) -> dict[str, dict[str, Any]]
 
 
 def _explain_one(folder: Path, layer: int | None) -> dict[str, Any] | None:
-    from optimum_comp.report.explain import explain_pruning, explain_quantization
+    from optimum_comp.files import DISTILLATION
+    from optimum_comp.report.explain import explain_distillation, explain_pruning, explain_quantization
 
+    if layer is None and (folder / DISTILLATION).is_file():
+        # How it was pruned is said of the folder that it was made of, and with --layer.
+        try:
+            return explain_distillation(_read(folder / DISTILLATION))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{folder / DISTILLATION} is damaged ({type(error).__name__}: {error}).") from error
     run = _pruning_run(folder)
     if run is not None:
         return explain_pruning(run, layer)

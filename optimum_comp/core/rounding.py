@@ -14,7 +14,7 @@ block has one scale. The squared error of the output over the calibration tokens
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,12 @@ from optimum_comp.core.quadratic import inverse
 
 _RATIOS = torch.linspace(0.5, 1.0, 21)
 """Shares of the largest weight of a block that are tried as the end of its range."""
+
+_EXACT = 2**-20
+"""Relative error that storing `codes ∘ scales` in float32 leaves, with room."""
+
+_INSIDE = 0.49
+"""How far from a code, in scales, what is rounded to it is put at most."""
 
 _WORKING_BYTES = 2**28
 """What is worked out in between for some of a weight's rows; of a whole matrix it can be many times its size."""
@@ -120,6 +126,88 @@ def compensated(weight: Tensor, gram: Tensor, bits: int, block_size: int, ridge:
         refitted.append(_refit_scales(weight[part], matrix, codes[part], scales[part], block_size))
     scales = torch.cat(refitted)
     return Blocks(codes.add(2 ** (bits - 1)).to(torch.uint8), scales, bits, width)
+
+
+def within_its_codes(weight: Tensor, blocks: Blocks) -> Tensor:
+    """The values nearest to a weight that rounding to the nearest takes for given codes, `[d_out, d_in]`.
+
+    Args:
+        weight: `[d_out, d_in]`.
+        blocks: its codes and scales.
+    """
+    codes = blocks.codes.to(weight) - 2 ** (blocks.bits - 1)
+    scales = blocks.scales.to(weight).repeat_interleave(blocks.block_size, 1)
+    place = torch.where(scales == 0, 0, _padded(weight, blocks.block_size) / scales)
+    found: Tensor = torch.minimum(torch.maximum(place, codes - _INSIDE), codes + _INSIDE) * scales
+    return found[:, : blocks.width]
+
+
+def straight_through(weight: Tensor, scales: Tensor, bits: int, block_size: int) -> Tensor:
+    """A weight rounded to the nearest codes, through which gradients pass as if it weren't.
+
+    The straight-through estimator (Bengio et al., arXiv 1308.3432).
+
+    Args:
+        weight: `[d_out, d_in]`.
+        scales: `[d_out, blocks]`.
+        bits: 4 or 8.
+        block_size: weights that share a scale.
+    """
+    found: Tensor = _StraightThrough.apply(weight, scales, bits, block_size)
+    return found
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scales: Tensor, bits: int, block_size: int) -> Tensor:
+        blocks = _padded(weight, block_size).unflatten(1, (-1, block_size))
+        scale = scales[..., None]
+        return (_codes(blocks, scale, bits) * scale).flatten(1)[:, : weight.shape[1]]
+
+    @staticmethod
+    def backward(ctx: Any, *above: Tensor) -> tuple[Tensor, None, None, None]:
+        return above[0], None, None, None
+
+
+def on_grid(weight: Tensor, bits: int, block_size: int) -> Blocks | None:
+    """The codes and scales of a weight that is rounded already, whatever its scales were; `None` if it isn't.
+
+    A block that was made as `codes ∘ scale` has its largest entry at `scale` times a whole number up to 2^(bits−1), so
+    that number, and the sign, are all that has to be found.
+
+    Args:
+        weight: `[d_out, d_in]`, in float32.
+        bits: 4; of 8, too many grids fit by chance.
+        block_size: weights that share a scale; the last block is padded with zeros.
+    """
+    found = []
+    # A few rows first: nearly always they say already that it isn't.
+    for rows in (weight[:8], *weight[8:].split(_rows_at_a_time(8 * weight.shape[1] * weight.itemsize))):
+        part = _on_grid(rows, bits, block_size)
+        if part is None:
+            return None
+        found.append(part)
+    codes, scales = torch.cat([part.codes for part in found]), torch.cat([part.scales for part in found])
+    return Blocks(codes, scales, bits, weight.shape[1])
+
+
+def _on_grid(weight: Tensor, bits: int, block_size: int) -> Blocks | None:
+    blocks = _padded(weight, block_size).unflatten(1, (-1, block_size))
+    place = blocks.abs().argmax(-1, keepdim=True)
+    largest = blocks.gather(-1, place)
+    scales = torch.zeros_like(largest)
+    is_open = largest != 0
+    low, high = _limits(bits)
+    for code in [*range(1, high + 1), *range(-1, low - 1, -1)]:
+        scale = largest / code
+        error = (blocks - _codes(blocks, scale, bits) * scale).abs().amax(-1, keepdim=True)
+        fits = is_open & (error <= _EXACT * largest.abs())
+        scales = torch.where(fits, scale, scales)
+        is_open &= ~fits
+    if is_open.any():
+        return None
+    codes = _codes(blocks, scales, bits).flatten(1).add(2 ** (bits - 1)).to(torch.uint8)
+    return Blocks(codes, scales.squeeze(-1), bits, weight.shape[1])
 
 
 def rounding_error(weight: Tensor, rounded: Tensor, gram: Tensor) -> float:

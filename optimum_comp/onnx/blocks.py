@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from optimum_comp.core.rounding import Blocks, compensated, nearest
+from optimum_comp.core.rounding import Blocks, compensated, nearest, on_grid
 from optimum_comp.onnx.graph import DenseNode, dense_nodes, matrices, transposed_matrices, weight_of
 from optimum_comp.onnx.recipes import Format
 from optimum_comp.utils import progress_disabled
@@ -38,6 +38,26 @@ def round_weights(graph: Any, assignment: Assignment, moments: Mapping[str, Tens
     found = {}
     for node in tqdm(nodes, desc="Rounding", unit="matrix", disable=progress_disabled()):
         found[node.name] = round_weight(graph, node, assignment[node.name], moments.get(node.inputs))
+    return found
+
+
+def rounded_already(graph: Any, assignment: Assignment) -> dict[str, Blocks]:
+    """Codes and scales of the weights that were trained as they are to be rounded (see `core.rounding.on_grid`).
+
+    Args:
+        graph: a float graph.
+        assignment: which nodes, and how.
+
+    Returns:
+        Node -> its codes and scales, for those nodes of 4 bits whose weight lies on a grid of its format.
+    """
+    found = {}
+    for node in dense_nodes(graph):
+        form = assignment.get(node.name)
+        if form is not None and form.bits == 4:
+            blocks = on_grid(torch.from_numpy(weight_of(graph, node).copy()), 4, form.fitted(node.shape[0]).block_size)
+            if blocks is not None:
+                found[node.name] = blocks
     return found
 
 
@@ -76,7 +96,10 @@ def store_in_blocks(
             names_of_format[assignment[node.name].fitted(node.shape[0])].add(node.name)
     every = {node.name for node in model.graph.node if node.op_type == "MatMul"}
     for form, names in names_of_format.items():
-        _run_nbits_quantizer(model, form, every - names, rounded or {}, use_hqq=use_hqq and form.bits == 4)
+        known = names & set(rounded or {})
+        for some, is_hqq in ((names - known, use_hqq and form.bits == 4), (known, False)):
+            if some:
+                _run_nbits_quantizer(model, form, every - some, rounded or {}, use_hqq=is_hqq)
     for table, product in tied.items():
         share_with_embedding(model.graph, table, product)
 

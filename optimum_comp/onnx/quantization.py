@@ -18,7 +18,7 @@ from torch import Tensor
 from optimum_comp.core.rounding import Blocks
 from optimum_comp.families import Family, family_of
 from optimum_comp.files import atomic_folder
-from optimum_comp.onnx.blocks import Assignment, round_weights, store_in_blocks
+from optimum_comp.onnx.blocks import Assignment, round_weights, rounded_already, store_in_blocks
 from optimum_comp.onnx.cache import cache_shapes, open_cache
 from optimum_comp.onnx.calibration import second_moments
 from optimum_comp.onnx.folders import MODEL_NAME, copy_companions, graph_bytes
@@ -209,11 +209,14 @@ def plan_of(model: Any, recipe: Recipe, family: Family | None, tokens: Tensor | 
             form = recipe.attention
         if form is not None and (consumer is None or _names(node.name, consumer)):
             assignment[node.name] = form
+    rounded = rounded_already(model.graph, assignment)
     if recipe.rounding != "compensated" or tokens is None:
-        return Plan(assignment)
+        return Plan(assignment, rounded)
     # 8 bits lose next to nothing however they are rounded.
-    nodes = [node for node in dense_nodes(model.graph) if node.name in assignment and assignment[node.name].bits < 8]
-    rounded: dict[str, Blocks] = {}
+    few = {name for name, form in assignment.items() if form.bits < 8} - rounded.keys()
+    nodes = [node for node in dense_nodes(model.graph) if node.name in few]
+    if not nodes:
+        return Plan(assignment, rounded)
     for moments in second_moments(model, nodes, tokens):
         chosen = {node.name: assignment[node.name] for node in nodes if node.inputs in moments}
         rounded |= round_weights(model.graph, chosen, moments)

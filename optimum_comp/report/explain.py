@@ -292,7 +292,7 @@ def explanation_text(parts: Mapping[str, Mapping[str, Any]]) -> str:
     """Explanations in words, by the folder that each is of."""
     texts = []
     for name, part in parts.items():
-        texts.append(pruning_text(name, part) if part["kind"] == "pruning" else quantization_text(name, part))
+        texts.append(_TEXTS[part["kind"]](name, part))
     return "\n\n".join(texts)
 
 
@@ -565,6 +565,59 @@ def quantization_text(name: str, found: Mapping[str, Any]) -> str:
         )
     )
     return "\n".join(lines)
+
+
+def explain_distillation(record: Mapping[str, Any]) -> dict[str, Any]:
+    """On what a model was trained, and what it gained, for JSON.
+
+    Args:
+        record: what `comp_distil.json` holds.
+    """
+    before, after = record["before"], record["after"]
+    return {
+        "kind": "distillation",
+        **{name: record[name] for name in ("teacher", "steps", "tokens", "seconds", "parameters")},
+        "rounding": record["settings"].get("rounding"),
+        "lora_rank": record.get("lora_rank"),
+        "texts": {
+            name: {**told, "before": before[name], "after": after[name]} for name, told in record["texts"].items()
+        },
+    }
+
+
+def distillation_text(name: str, found: Mapping[str, Any]) -> str:
+    """What `explain_distillation` found, in words.
+
+    Args:
+        name: of the folder.
+        found: what it found.
+    """
+    what = (
+        f"low-rank additions of rank {found['lora_rank']}" if found["lora_rank"] else "all weights but the embedding"
+    )
+    lines = [
+        _filled(
+            f"{name}: trained on the predictions of {found['teacher']}: {found['steps']:,} steps, {found['tokens']:,} "
+            f"tokens, {found['seconds']:.0f} s; {found['parameters']:,} parameters ({what})."
+        )
+    ]
+    if found["rounding"] is not None:
+        lines.append(
+            _filled(f"Weights were rounded meanwhile as recipe {found['rounding']} does, and lie on its grid.", 2)
+        )
+    lines.append(_filled("Divergence from the teacher on blocks that weren't trained on, in nats:", 2))
+    rows = [("text", "share", "blocks", "held out", "before", "after")]
+    for text, told in found["texts"].items():
+        numbers = f"{told['samples']}", f"{told['held_out']}", f"{told['before']:.4f}", f"{told['after']:.4f}"
+        rows.append((text, _share(told["share"]), *numbers))
+    lines += [f"    {line}" for line in _aligned(rows)]
+    lines.append(
+        _filled("Text that calibrated the pruning begins lower than other text does: the repair has seen it.", 2)
+    )
+    return "\n".join(lines)
+
+
+_TEXTS = {"pruning": pruning_text, "distillation": distillation_text, "quantization": quantization_text}
 
 
 def _filled(text: str, indent: int = 0, hanging: int | None = None) -> str:

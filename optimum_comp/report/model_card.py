@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -42,8 +43,28 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 measure the result on your own text with `optimum-cli comp eval` before you rely on it.
 """
 
+CARD = "README.md"
+_UNTRAINED = "Nothing was trained;"
+
 
 _UNITS = {"ffn": "feed-forward width", "heads": "query heads", "kv": "key-value heads"}
+
+
+def trained_card(card: str, teacher: str, steps: int, tokens: int, texts: Sequence[str]) -> str:
+    """A pruned model's card after distillation.
+
+    Args:
+        card: as pruning wrote it; as it is, if it says nothing of training.
+        teacher: the model whose predictions were learnt.
+        steps: of the optimizer.
+        tokens: that were trained on.
+        texts: names of the sources.
+    """
+    trained = (
+        f"Then {steps:,} steps on {tokens:,} tokens of text ({', '.join(texts)}) taught it the predictions of "
+        f"`{teacher}` (`comp_distil.json`);"
+    )
+    return card.replace(_UNTRAINED, trained)
 
 
 def model_card(report: CompReport, config: CompConfig, base_model: str | None) -> ModelCard:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
+from optimum_comp.calibration.mix import IN_MEMORY, parts_of
 from optimum_comp.calibration.text import PYDOC, SELF, Calibration, CalibrationSource, source_name
 from optimum_comp.files import STAGE_RECORD, file_digest
 from optimum_comp.options import Option
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
 CHECKPOINT, ONNX, BUNDLE = "checkpoint", "onnx", "bundle"
 DENSE = "dense"
 """Name of what a chain begins with."""
-
-IN_MEMORY = "given in memory: "
-"""In a written recipe, stands before the digest of calibration samples that no file holds."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +163,9 @@ def source_identity(source: CalibrationSource | Calibration | None) -> Any:
         return hashlib.sha256(source.contiguous().numpy().tobytes()).hexdigest()
     if isinstance(source, str) and source.startswith(IN_MEMORY):
         return source.removeprefix(IN_MEMORY)
+    parts = parts_of(source)
+    if parts:
+        return [[source_identity(part.source), round(part.share, 6)] for part in parts]
     if isinstance(source, (str, Path)):
         if Path(source).is_file():
             return file_digest(Path(source))
@@ -178,6 +179,9 @@ def written_source(source: CalibrationSource | Calibration | None) -> str:
     """A calibration source as a recipe has it."""
     if source is None:
         return SELF
+    parts = parts_of(source)
+    if parts:
+        return ",".join(f"{written_source(part.source)}:{part.share:.6g}" for part in parts)
     if isinstance(source, (str, Path)):
         return str(Path(source).resolve()) if Path(source).is_file() else str(source)
     return f"{IN_MEMORY}{source_identity(source)}"

@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from optimum_comp.beginning import Beginning
-from optimum_comp.calibration.text import PYDOC, SELF, Calibration, CalibrationSource, read_beginning
+from optimum_comp.calibration.mix import parts_of
+from optimum_comp.calibration.text import PYDOC, SELF, Calibration, CalibrationSource, is_self, read_beginning
 from optimum_comp.chain_memory import (
     EVALUATE,
     EVALUATE_ONNX,
@@ -35,6 +36,7 @@ from optimum_comp.configuration import CompConfig
 from optimum_comp.evaluation import Evaluation, Settings, count_parameters, evaluate_apart, weight_bytes
 from optimum_comp.files import (
     COMPRESSION_SUMMARY,
+    DISTILLATION,
     JOURNAL,
     RECIPE,
     atomic_folder,
@@ -60,9 +62,11 @@ from optimum_comp.stages.base import (
     recorded_key,
     source_identity,
 )
+from optimum_comp.stages.distil import Distil
 from optimum_comp.stages.prune import Prune
 from optimum_comp.stages.quantize import HELD_OUT, Quantize, SampleSettings
 from optimum_comp.stages.recipe import LOADING, Recipe
+from optimum_comp.strict_json import read_object
 from optimum_comp.sweep.journal import Journal
 from optimum_comp.sweep.memory import check_disk
 from optimum_comp.utils import format_bytes, get_logger, lookup_arguments, plain_arguments
@@ -191,6 +195,11 @@ class Chain:
             device = None if prune is None else prune.running.device
             self._pruner = CompPruner.from_pretrained(self.model, device=device, **self.loading)
         return self._pruner
+
+    @property
+    def prunes(self) -> bool:
+        """Whether it prunes."""
+        return self._stage(Prune) is not None
 
     @property
     def target(self) -> str:
@@ -350,7 +359,7 @@ class Chain:
             self._tell_plan()
             source = self._sampling()[1]
             wants_samples = any(not step.is_there and step.stage.wants_samples for step in self._steps)
-            if wants_samples and source is not None and source != SELF:
+            if wants_samples and not is_self(source):
                 # Said before anything takes long: that there is too little text.
                 self.samples()
             settings = self._measured(self.dense, self.measure)
@@ -400,7 +409,9 @@ class Chain:
         texts: list[Any] = [(self.measure.text, self.measure.text_column)] if self.measure is not None else []
         missing = any(not step.is_there and step.stage.wants_samples for step in self._steps)
         if missing and not self.has_samples:
-            texts.append(self._sampling()[1:])
+            _, source, column = self._sampling()
+            each_source: list[Any] = [part.source for part in parts_of(source)] or [source]
+            texts += [(each, column) for each in each_source]
         for text, column in texts:
             if isinstance(text, (str, Path)) and str(text) not in (SELF, PYDOC):
                 read_beginning(text, column, 1)[0](1)
@@ -589,6 +600,8 @@ _OTHERWISE = (
 def _resolved(stages: Sequence[Stage], calibration: CalibrationSource | None) -> tuple[Stage, ...]:
     """The stages with what some decide for others, and with samples that only memory holds."""
     quantize = next((stage for stage in stages if isinstance(stage, Quantize)), None)
+    source: CalibrationSource | None = None
+    column: str | None = None
     found: list[Stage] = []
     for stage in stages:
         if isinstance(stage, Prune):
@@ -600,6 +613,9 @@ def _resolved(stages: Sequence[Stage], calibration: CalibrationSource | None) ->
             )
             if stage.is_equalized is None and quantize is not None:
                 stage = stage.equalized(quantize.settings.suits_equalization)
+            source, column = stage.calibration, stage.running.text_column
+        if isinstance(stage, Distil):
+            stage = stage.decided(source, column)
         found.append(stage)
     return tuple(found)
 
@@ -626,6 +642,8 @@ def _told(step: _Step) -> dict[str, Any]:
     """What a folder tells of how it was made, where no note does."""
     if isinstance(step.stage, Prune):
         return CompReport.load(step.folder).summary()
+    if isinstance(step.stage, Distil):
+        return read_object(step.folder / DISTILLATION)
     return {}
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from optimum_comp.beginning import Beginning, decide, losses_of_model
-from optimum_comp.calibration.text import PYDOC, SELF, prepare_calibration
+from optimum_comp.calibration.text import PYDOC, is_self, prepare_calibration
 from optimum_comp.chain_memory import QUANTIZE, SEARCH, Load, predict_peak
 from optimum_comp.checkpoint.opening import trusted
 from optimum_comp.checkpoint.tokenizer import open_tokenizer
@@ -254,7 +254,7 @@ def _samples(model: Path, settings: QuantizeSettings, samples: SampleSettings) -
     from transformers import AutoModelForCausalLM
 
     tokenizer, writer = open_tokenizer(model), None
-    if samples.calibration == SELF and not is_onnx_folder(model):
+    if is_self(samples.calibration) and not is_onnx_folder(model):
         writer = AutoModelForCausalLM.from_pretrained(model, **trusted(model, {})).eval()
 
     def beginning(pieces: Tensor) -> Beginning:

@@ -16,13 +16,14 @@ from optimum_comp.files import durably
 from optimum_comp.options import Option, Text, defaults_of, from_mapping, options_of, require_known, shown
 from optimum_comp.stages.base import CHECKPOINT, Stage
 from optimum_comp.stages.bundle import Bundle
+from optimum_comp.stages.distil import Distil
 from optimum_comp.stages.export import Export
 from optimum_comp.stages.prune import Prune
 from optimum_comp.stages.quantize import Quantize
 
 
 FORMAT = 1
-STAGES: dict[str, type[Stage]] = {stage.name: stage for stage in (Prune, Export, Quantize, Bundle)}
+STAGES: dict[str, type[Stage]] = {stage.name: stage for stage in (Prune, Distil, Export, Quantize, Bundle)}
 """Every stage, in the order in which those that are asked for follow each other."""
 
 LOADING = {

@@ -1,0 +1,279 @@
+"""Transformers' `Trainer` with a teacher, a clock, and several texts that are held out."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+
+from optimum_comp.core.distillation import divergence
+from optimum_comp.files import durably
+from optimum_comp.utils import get_logger, progress_disabled
+
+
+logger = get_logger(__name__)
+
+DIVERGENCE = "eval_divergence"
+"""Mean over the texts of the held-out divergence, in nats: what decides which checkpoint is kept."""
+
+_WARM_UP = 0.03
+_LOWEST = 0.02
+"""Share of the run in which the learning rate rises, and share of it that is left at the end."""
+_EVALUATIONS = 5
+_PATIENCE, _WORSE = 2, 1.5
+"""Evaluations in one run, and how many that are so much worse than the best one end it. A little worse they may well
+be while the learning rate is high."""
+_SPENT = "spent_seconds"
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What the trainer writes last of a checkpoint.
+
+    Raises:
+        OSError: it isn't there: the checkpoint isn't complete.
+        ValueError: it is damaged.
+    """
+    # Not strict JSON: the norm of a gradient may be infinite.
+    found: dict[str, Any] = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    return found
+
+
+def name_best(checkpoint: Path) -> None:
+    """Have a checkpoint's state name the best one where it lies now, wherever it was when that was written."""
+    state = read_state(checkpoint)
+    best = state.get("best_model_checkpoint")
+    if best is not None:
+        state["best_model_checkpoint"] = str(checkpoint.with_name(Path(best).name))
+        with durably(checkpoint / TRAINER_STATE_NAME) as partial:
+            partial.write_text(json.dumps(state, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+class Clock:
+    """How far a run is: by steps, or by the time that it may take.
+
+    Args:
+        steps: that are to be made; `None` if time decides.
+        seconds: that it may take; `None` if steps decide.
+        spent: seconds that it has taken already.
+    """
+
+    def __init__(self, steps: int | None, seconds: float | None, spent: float = 0.0):
+        self.steps, self.seconds = steps, seconds
+        self._earlier, self._started, self._reserved = spent, time.monotonic(), 0.0
+
+    @property
+    def spent(self) -> float:
+        """Seconds so far, those of earlier parts of the run included."""
+        return self._earlier + time.monotonic() - self._started
+
+    def share(self, step: int) -> float:
+        """How much of the run is over, in [0, 1]."""
+        if self.steps is not None:
+            return min(1.0, step / self.steps)
+        seconds = self.seconds or 1.0
+        # Of a very short time, something is left to train in.
+        return min(1.0, self.spent / max(seconds - self._reserved, 0.5 * seconds))
+
+    def reserve(self, seconds: float) -> None:
+        """Set some of the time aside for what comes after training."""
+        self._reserved = seconds
+
+    def rate(self, step: int) -> float:
+        """Learning rate relative to the largest one: a short rise, then half a cosine."""
+        share = self.share(step)
+        if share < _WARM_UP:
+            # The first step has to do something.
+            return max(share, 0.1 * _WARM_UP) / _WARM_UP
+        progress = (share - _WARM_UP) / (1 - _WARM_UP)
+        return _LOWEST + (1 - _LOWEST) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def go_on(self, checkpoint: Path) -> None:
+        """Count what a checkpoint's log says was spent before it."""
+        log = read_state(checkpoint)["log_history"]
+        self._earlier = next(entry[_SPENT] for entry in reversed(log) if _SPENT in entry)
+
+
+class Distiller(Trainer):
+    """Trains a student on a teacher's predictions.
+
+    Args:
+        teacher: the model that predicts; nothing in it changes.
+        clock: how far the run is.
+        products: what factors of matrix products are rounded to.
+        given: as for `Trainer`; `eval_dataset` is text -> samples `[n, length]` that aren't trained on.
+    """
+
+    def __init__(self, *, teacher: Any, clock: Clock, products: torch.dtype, **given: Any):
+        self.clock, self.teacher, self._products = clock, teacher, products
+        self.lr_scheduler: Any = None
+        self.control: Any = None
+        super().__init__(**given)
+        self.model_accepts_loss_kwargs = False
+        # The first and most frequent things that a user wants to see are the time and the loss, in one line.
+        for callback in list(self.callback_handler.callbacks):
+            if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
+                self.remove_callback(callback)
+        self.add_callback(_Timing(clock))
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
+    ) -> Tensor:
+        """Divergence of the student's predictions from the teacher's, in nats."""
+        ids = inputs["input_ids"]
+        # Not the trainer's own mixed precision: it would widen all logits, which are most of what is in memory.
+        with torch.autocast(ids.device.type, self._products, enabled=self._products != torch.float32):
+            with torch.no_grad():
+                wanted = self.teacher(input_ids=ids, use_cache=False).logits
+            found = model(input_ids=ids, use_cache=False).logits
+        return divergence(found, wanted)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The clock's: it knows how far the run is, where only time limits it."""
+        if self.lr_scheduler is None:
+            chosen = self.optimizer if optimizer is None else optimizer
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(chosen, self.clock.rate)
+        return self.lr_scheduler
+
+    def _get_train_sampler(self, *_: Any) -> SequentialSampler:
+        """The stream is in the order that it is to be in."""
+        return SequentialSampler(self.train_dataset)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Nothing is wrong with a checkpoint that lacks a tied head; other parts can't be missing from our own."""
+
+    @torch.no_grad()
+    def held_out_divergences(self) -> dict[str, float]:
+        """Divergence on what is held out of each text, in nats."""
+        self.model.eval()
+        found: dict[str, float] = {}
+        for name, samples in self.eval_dataset.items():
+            total = 0.0
+            for part in samples.split(self.args.per_device_train_batch_size):
+                loss = self.compute_loss(self.model, {"input_ids": part.to(self.args.device)})
+                total += float(loss) * len(part)
+            found[name] = total / len(samples)
+        return found
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Divergence on what is held out of each text, and their mean."""
+        each = self.held_out_divergences()
+        metrics = {f"eval_{name}": value for name, value in each.items()}
+        metrics[DIVERGENCE] = sum(each.values()) / len(each)
+        self.log({**metrics, _SPENT: self.clock.spent})
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class _Timing(TrainerCallback):
+    """Evaluates, saves and ends by the clock, and shows how far it is."""
+
+    def __init__(self, clock: Clock):
+        self._clock = clock
+        self._next = 0.0
+        self._progress: tqdm | None = None
+        self._worse = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        done = self._clock.share(state.global_step)
+        self._next = (math.floor(done * _EVALUATIONS) + 1) / _EVALUATIONS
+        by_steps = self._clock.steps is not None
+        self._progress = tqdm(
+            total=self._clock.steps if by_steps else round(self._clock.seconds or 0),
+            initial=state.global_step if by_steps else round(self._clock.spent),
+            desc="Distilling",
+            unit="step" if by_steps else "s",
+            disable=progress_disabled(),
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        share = self._clock.share(state.global_step)
+        if self._progress is not None:
+            now = state.global_step if self._clock.steps is not None else round(self._clock.spent)
+            self._progress.update(max(0, min(now, self._progress.total) - self._progress.n))
+        if share >= self._next:
+            self._next = (math.floor(share * _EVALUATIONS) + 1) / _EVALUATIONS
+            control.should_evaluate = control.should_save = True
+        if share >= 1:
+            control.should_evaluate = control.should_save = control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if self._progress is not None and logs and "loss" in logs:
+            self._progress.set_postfix(loss=f"{logs['loss']:.3f}")
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **_: Any
+    ) -> None:
+        found = metrics or {}
+        told = ", ".join(
+            f"{key.removeprefix('eval_')} {value:.4f}" for key, value in found.items() if key != DIVERGENCE
+        )
+        logger.info("Step %d, held out (nats): %s.", state.global_step, told)
+        # The trainer looks at the metric after this, so what is best so far is that of before.
+        best = state.best_metric
+        is_worse = best is not None and found[DIVERGENCE] > _WORSE * best
+        self._worse = self._worse + 1 if is_worse else 0
+        if self._worse >= _PATIENCE:
+            logger.warning("It only gets worse: training ends, and the best checkpoint is kept.")
+            control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._progress is not None:
+            self._progress.close()
+
+
+def arguments(
+    folder: Path, *, batch_size: int, accumulation: int, learning_rate: float, steps: int, seed: int, use_cpu: bool
+) -> TrainingArguments:
+    """Settings of the `Trainer`.
+
+    Args:
+        folder: for checkpoints.
+        batch_size: samples that are looked at together.
+        accumulation: times that many make a step.
+        learning_rate: the largest.
+        steps: at most.
+        seed: of what is random beside the samples' order.
+        use_cpu: even if there is a GPU.
+    """
+    never = 2**31
+    found = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=learning_rate,
+        max_steps=steps,
+        seed=seed,
+        weight_decay=0.0,
+        adam_beta2=0.98,
+        max_grad_norm=1.0,
+        optim="adamw_torch_fused",
+        # The clock decides when; what is best is taken at the end.
+        eval_strategy="steps",
+        eval_steps=never,
+        save_strategy="steps",
+        save_steps=never,
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model=DIVERGENCE,
+        greater_is_better=False,
+        logging_strategy="steps",
+        logging_steps=10,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        use_cpu=use_cpu,
+    )
+    # One GPU, however many there are: the trainer would share a step's samples among all of them, and wait more than
+    # it gains.
+    found._n_gpu = min(found.n_gpu, 1)
+    return found
