@@ -51,7 +51,7 @@ def round_while_training(model: Any, family: Family, recipe: str, samples: Tenso
     """Put the rounding of a recipe on the weights that it stores in few bits.
 
     It begins with the codes that change the layers' outputs least (see `core.rounding`), whose error the training has
-    to make good: a sixth of what rounding to the nearest loses. Weights begin at the edge of their code's range that
+    to make good. Weights begin at the edge of their code's range that
     is nearest to what they were, so that little is needed for another code.
 
     Args:

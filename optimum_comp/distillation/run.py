@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.utils import is_peft_available
 
 from optimum_comp.beginning import Beginning, decide, losses_of_model
 from optimum_comp.calibration.mix import Part
@@ -215,7 +216,7 @@ def choose_rank(
     needed = memory_of(student, teacher, settings, rank, written=written)
     room = available_memory() if max_memory is None else max_memory
     is_open = settings.lora_rank is None and settings.rounding is None and (settings.device or "cpu") == "cpu"
-    if is_open and needed > room and _has_peft():
+    if is_open and needed > room and is_peft_available():
         rank = _LORA_RANK
         needed = memory_of(student, teacher, settings, rank, written=written)
     return rank, needed
@@ -251,7 +252,7 @@ def check_settings(student: Any, teacher: Any, settings: DistilSettings) -> None
         raise ValueError(
             f"sequence_length={settings.sequence_length} is more than the {limit} tokens that the model can read."
         )
-    if settings.lora_rank and not _has_peft():
+    if settings.lora_rank and not is_peft_available():
         raise ImportError("lora_rank needs peft: pip install 'optimum-comp[distil]'.")
     if settings.rounding is not None:
         layer = family.get_layers(empty_model(student, torch.float32))[0]
@@ -640,12 +641,6 @@ def _spread(texts: Sequence[Tensor], count: int) -> Tensor:
     """Samples spread over all texts, `[about count, length]`."""
     each = -(-count // len(texts))
     return torch.cat([text[torch.linspace(0, len(text) - 1, min(each, len(text))).long()] for text in texts])
-
-
-def _has_peft() -> bool:
-    from importlib.util import find_spec
-
-    return find_spec("peft") is not None
 
 
 def _with_lora(student: Any, rank: int) -> Any:

@@ -82,7 +82,10 @@ class DistilSettings:
         default="auto",
     )
     device: str | None = option(
-        Text("cpu, cuda or cuda:N"), "Where both models run: cpu, cuda or cuda:N.", default=None, default_text="cpu"
+        Text("cpu or cuda"),
+        "Where both models run: cpu, or cuda, the first GPU that is seen.",
+        default=None,
+        default_text="cpu",
     )
     seed: int = option(Integer(0), "Seed of the samples' order and of text that the teacher writes.", default=0)
 
