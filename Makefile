@@ -7,6 +7,8 @@ SPARSITY ?= 0.2
 DISTIL ?= none
 TEXT ?=
 OUT ?= out
+# Processes that share the tests, each with one thread; 0: one with all.
+JOBS ?= 2
 
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
@@ -38,12 +40,12 @@ demo: $(READY) models/$(MODEL)/config.json  ## Prune SmolLM2-135M, export, quant
 	$(BIN)/python examples/demo.py --model models/$(MODEL) --sparsity $(SPARSITY) --distil $(DISTIL) $(if $(TEXT),--text $(TEXT)) $(OUT)/demo
 
 test: $(READY)  ## Run the default tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 # Left out, to save minutes: launchers, which transformers has no part in, and the command line's arguments. The command
 # line itself is what the tests of interrupted runs start.
 test-transformers5: $(READY5)  ## Run the default tests that need no ONNX, with transformers 5
-	COMP_TEST_WITHOUT_ONNX=1 $(VENV5)/bin/python -m pytest --ignore tests/test_distributed.py --ignore tests/test_cli.py
+	COMP_TEST_WITHOUT_ONNX=1 $(VENV5)/bin/python -m pytest -n $(JOBS) --dist loadfile --ignore tests/test_distributed.py --ignore tests/test_cli.py
 
 families: $(READY) $(READY5)  ## Write docs/families.md from what the contract tests find with transformers 4 and 5
 	COMP_WRITE_TABLE=1 $(BIN)/python -m pytest tests/test_contract.py

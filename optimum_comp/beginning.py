@@ -29,8 +29,6 @@ LONGEST = 512
 _MARGIN = 0.01
 """Share of the loss below which a difference is noise: SmolLM2's changes its sign from text to text there, and pruned
 on blocks with its start token, it is better on two texts and worse on one. Each takes a token's place."""
-_LOGITS = 2**24
-"""Logits that are worked out at a time: with a vocabulary of 262 144, those of a whole piece would take 0.5 GB."""
 
 Span = tuple[int, int]
 Losses = Callable[[list[Tensor], list[Span]], list[float]]
@@ -211,7 +209,7 @@ class _Reader:
 
 def _head_loss(runner: LayerRunner, sample: Tensor, states: Tensor, span: Span) -> float:
     """Mean loss of a span of a sample from what leaves the last decoder layer, some positions at a time."""
-    step = max(1, _LOGITS // runner.source.model.config.vocab_size)
+    step = runner.positions_at_a_time
     total, count = 0.0, 0
     for first in range(span[0] - 1, span[1] - 1, step):
         # One position more than is predicted from: what it makes is left aside.

@@ -27,6 +27,7 @@ from optimum_comp.utils import explaining, shown
 AXES = ("ffn", "kv", "heads")
 LAYER_METRICS = ("cosine", "loss")
 NEURON_METRICS = ("condition", "condition_gram", "condition_mask", "wanda", "magnitude", "random")
+ERROR_NORMS = ("fisher", "euclidean")
 RECOVERY_METHODS = ("least_squares", "mask", "none")
 BEGINS = ("auto", "always", "never")
 
@@ -38,6 +39,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "recovery": "least_squares",
         "layer_fraction": 0.0,
         "alignment": 0.0,
+        "error_norm": "euclidean",
         "axes": ["ffn", "kv"],
         "attention_fraction": 0.25,
     },
@@ -92,6 +94,11 @@ OPTIONS = {
     ),
     "elimination_block": Option(
         Integer(0), "Neurons removed between two evaluations of a matrix-condition metric; 0 ranks only once."
+    ),
+    "error_norm": Option(
+        Choice(ERROR_NORMS),
+        "How a matrix-condition metric, and mask tuning, measure an error in a layer's output: fisher (by what it "
+        "costs in loss, from the gradients of a few samples: more time), or euclidean (every direction alike).",
     ),
     "recovery": Option(
         Choice(RECOVERY_METHODS),
@@ -150,6 +157,7 @@ class CompConfig(BaseConfig):
         bridge: bool = True,
         neuron_metric: str = "condition",
         elimination_block: int = 32,
+        error_norm: str = "fisher",
         recovery: str = "least_squares",
         alignment: float = 0.5,
         ridge: float = 1e-3,
@@ -226,6 +234,12 @@ class CompConfig(BaseConfig):
         if self.neuron_metric != "condition":
             return self.neuron_metric
         return "condition_gram" if self.recovery == "least_squares" else "condition_mask"
+
+    @property
+    def needs_fisher(self) -> bool:
+        """Whether anything is measured by the loss's gradients."""
+        measures = self.resolved_neuron_metric.startswith("condition") or self.recovery == "mask"
+        return measures and self.error_norm == "fisher"
 
     def to_dict(self) -> dict[str, Any]:
         """The fields and the versions that wrote them, without the keys that only make sense for a model."""

@@ -315,7 +315,7 @@ class CompPruner:
         allocation = self.plan(config)
         self._ranks.require(config.num_samples)
         check_plan(self._source, allocation)
-        work = workload_of(self._source, config, allocation, self._ranks)
+        work = workload_of(self._source, config, allocation, self._ranks, products)
         batch_size = batch_size or good_batch_size(config.sequence_length, self._source.device)
         # Said now if it can't fit, and once more with what libraries take that are loaded by then.
         is_written = unfinished is None and self._ranks.is_first and is_self(calibration)

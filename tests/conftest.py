@@ -9,6 +9,9 @@ from pathlib import Path
 
 # Before the libraries that read it when they are imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Several processes share the processor: threads of each would wait for the others'. Children inherit it.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # isort: split
 import pytest

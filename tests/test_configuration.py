@@ -7,7 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optimum_comp import CompConfig
-from optimum_comp.configuration import AXES, BEGINS, FIELDS, LAYER_METRICS, NEURON_METRICS, PRESETS, RECOVERY_METHODS
+from optimum_comp.configuration import (
+    AXES,
+    BEGINS,
+    ERROR_NORMS,
+    FIELDS,
+    LAYER_METRICS,
+    NEURON_METRICS,
+    PRESETS,
+    RECOVERY_METHODS,
+)
 
 
 VALID = {
@@ -20,6 +29,7 @@ VALID = {
     "bridge": st.booleans(),
     "neuron_metric": st.sampled_from(NEURON_METRICS),
     "elimination_block": st.integers(0, 512),
+    "error_norm": st.sampled_from(ERROR_NORMS),
     "recovery": st.sampled_from(RECOVERY_METHODS),
     "equalize": st.booleans(),
     "alignment": st.floats(0, 1),

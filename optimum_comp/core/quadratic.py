@@ -23,6 +23,10 @@ All functions work in the dtype of the matrix. `eliminate` scales it to a unit d
 is then about as accurate as the best diagonal scaling allows (van der Sluis, 1969), which is what makes float32 safe
 where a few channels carry nearly all of the energy.
 
+Errors of the rows need not count alike: with a `root` `R: [r, rows]`, a channel is worth `‖R T*_:j‖² / [Q⁻¹]_jj`,
+the squared error of `R T'`. In the gram form the re-fit of what stays is the same for every `R` of full rank, since
+rows don't share columns; in the mask form they do, and `H = G ∘ (WᵀRᵀRW)` (see `recovery.problem_of`).
+
 The optimum, its cost and the way both change when a channel goes are those of Optimal Brain Surgeon
 (Hassibi & Stork, 1993). These formulas are this project's derivation; the COMP paper (arXiv 2501.15255) describes
 the steps, not the equations.
@@ -43,11 +47,13 @@ class Problem(NamedTuple):
         target: what to reproduce, `[rows, d]`.
         matrix: positive definite, `[d, d]`.
         pull: what moves the unconstrained optimum to `target + pull · matrix⁻¹`, `[rows, d]`; `None` for nothing.
+        root: by which the importance of a channel counts the rows' errors, `[r, rows]`; `None`: all alike.
     """
 
     target: Tensor
     matrix: Tensor
     pull: Tensor | None = None
+    root: Tensor | None = None
 
 
 class Elimination(NamedTuple):
@@ -57,7 +63,7 @@ class Elimination(NamedTuple):
         kept: indices of the channels that stay, ascending, `[keep]`.
         scores: the `importance` of every channel, or unit, before anything was removed, `[d]`.
         target: the optimum on the kept channels, `[rows, keep]`: what `solve` would return.
-        cost: squared error that the removal adds, `min_T' Σ_rows (T* − T')ᵀ Q (T* − T')`.
+        cost: squared error that the removal adds, `min_T' Σ_rows (T* − T')ᵀ Q (T* − T')`, every row counting alike.
     """
 
     kept: Tensor
@@ -111,7 +117,7 @@ def share_own(problem: Problem, share: float, ridge: float) -> Problem:
     if problem.pull is None or share == 0:
         return problem
     pull = problem.pull.add(problem.target, alpha=share * ridge)
-    return Problem((1 - share) * problem.target, problem.matrix, pull)
+    return problem._replace(target=(1 - share) * problem.target, pull=pull)
 
 
 def optimum(problem: Problem) -> Tensor:
@@ -154,9 +160,14 @@ def collinearity(matrix: Tensor) -> Tensor:
 def importance(problem: Problem) -> Tensor:
     """Exact increase of the squared error when one channel goes and the others are re-fitted, `[d]`.
 
-    `I_j = ‖T*_:j‖² / [Q⁻¹]_jj = ‖T*_:j‖² Q_jj / κ_j²`: energy discounted by the matrix condition.
+    `I_j = ‖T*_:j‖² / [Q⁻¹]_jj = ‖T*_:j‖² Q_jj / κ_j²`: energy discounted by the matrix condition. With a root, the
+    increase of the error that it measures, `‖R T*_:j‖² / [Q⁻¹]_jj`.
     """
-    return optimum(problem).square().sum(0) / inverse(problem.matrix).diagonal()
+    return _measured(optimum(problem), problem.root).square().sum(0) / inverse(problem.matrix).diagonal()
+
+
+def _measured(target: Tensor, root: Tensor | None) -> Tensor:
+    return target if root is None else root @ target
 
 
 def group_importance(problem: Problem, group: Tensor) -> float:
@@ -167,7 +178,7 @@ def group_importance(problem: Problem, group: Tensor) -> float:
         group: indices of the channels, `[p]`.
     """
     block = inverse(problem.matrix)[group][:, group]
-    target = optimum(problem)[:, group]
+    target = _measured(optimum(problem)[:, group], problem.root)
     return float((target.T * torch.cholesky_solve(target.T, torch.linalg.cholesky(block))).sum())
 
 
@@ -194,18 +205,20 @@ class _Shrinking:
         self.target = problem.target / self._scale
         if problem.pull is not None:
             self.target.addmm_(problem.pull * self._scale, self.inverse)
+        # What importance is told from: the target itself, unless errors are measured otherwise.
+        self._measured = _measured(self.target, problem.root)
         self.gone = torch.zeros(problem.matrix.shape[0], dtype=torch.bool, device=self.inverse.device)
         self._cost = 0.0
 
     def importance(self) -> Tensor:
         """Of each channel, `[d]`."""
         # In exact arithmetic the diagonal of the inverse of a matrix with a unit diagonal is at least 1.
-        return self.target.square().sum(0) / self.inverse.diagonal().clamp_min(1)
+        return self._measured.square().sum(0) / self.inverse.diagonal().clamp_min(1)
 
     def unit_importance(self, channels: Tensor) -> Tensor:
         """Of units that haven't gone, with channels `[units, width]`: `tr(T_P ([Q⁻¹]_PP)⁻¹ T_Pᵀ)` each, `[units]`."""
         factors = torch.linalg.cholesky(self.inverse[channels[:, :, None], channels[:, None, :]])
-        targets = self.target.T[channels]
+        targets = self._measured.T[channels]
         return torch.linalg.solve_triangular(factors, targets, upper=False).square().sum((1, 2))
 
     def remove(self, block: Tensor) -> None:
@@ -215,6 +228,8 @@ class _Shrinking:
         factor = torch.linalg.cholesky(rows[:, block])
         self._cost += float((out.T * torch.cholesky_solve(out.T, factor)).sum())
         transfer = torch.cholesky_solve(rows, factor)
+        if self._measured is not self.target:
+            self._measured.addmm_(self._measured[:, block], transfer, alpha=-1)
         self.target.addmm_(out, transfer, alpha=-1)
         self.inverse.addmm_(rows.T, transfer, alpha=-1)
 

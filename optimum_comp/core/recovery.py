@@ -36,6 +36,7 @@ def problem_of(
     cross: Tensor | None = None,
     own_share: float = 0.0,
     *,
+    root: Tensor | None = None,
     overwrite: bool = False,
 ) -> Problem:
     """The regularised quadratic problem that a form of the metric and its recovery stand for.
@@ -47,11 +48,15 @@ def problem_of(
         ridge: λ of `regularize`.
         cross: cross moment `[d_out, d_in]` of what the output is to gain with the inputs; `None` for nothing.
         own_share: how much of the layer's own outputs `cross` holds (see `share_own`).
+        root: `R: [d_out, d_out]`, by which errors in the output are measured, as `‖R e‖²`; `None`: as `‖e‖²`.
         overwrite: the problem's matrix may take the Gram matrix's memory.
     """
     if form == "condition_gram":
-        problem = gram_form(weight, gram if overwrite else gram.clone(), cross)
+        problem = gram_form(weight, gram if overwrite else gram.clone(), cross)._replace(root=root)
     elif form == "condition_mask":
+        # A mask has one row, which all outputs share: how they are measured is a part of the matrix.
+        if root is not None:
+            weight, cross = root @ weight.to(root), None if cross is None else root @ cross.to(root)
         problem = mask_form(weight, mask_gram(weight, gram), cross)
     else:
         raise ValueError(f"neuron metric {form!r} has no quadratic form; these have: {', '.join(FORMS)}.")
@@ -79,6 +84,7 @@ def recover(
     ridge: float,
     cross: Tensor | None = None,
     own_share: float = 0.0,
+    root: Tensor | None = None,
 ) -> Tensor:
     """Repair a dense layer whose input channels `kept: [|S|]` stay, `[d_out, |S|]`, in the Gram matrix's dtype.
 
@@ -90,11 +96,12 @@ def recover(
         ridge: λ of `regularize`.
         cross: see `problem_of`.
         own_share: see `problem_of`.
+        root: see `problem_of`.
     """
     form, weight = RECOVERIES[name], weight.to(gram.dtype)
     if form is None:
         return weight[:, kept]
-    problem = problem_of(form, weight, gram, ridge, cross, own_share)
+    problem = problem_of(form, weight, gram, ridge, cross, own_share, root=root)
     return weight_of(form, weight[:, kept], solve(problem, kept))
 
 

@@ -110,6 +110,7 @@ def reduce_channels(
     generator: torch.Generator,
     cross: Tensor | None = None,
     own_share: float = 0.0,
+    root: Tensor | None = None,
     overwrite: bool = False,
     units: Units | None = None,
 ) -> Reduction:
@@ -128,6 +129,8 @@ def reduce_channels(
         generator: source of the `random` metric.
         cross: cross moment `[d_out, d_in]` of what the output is to gain with the inputs; `None` for nothing.
         own_share: how much of the layer's own outputs `cross` holds (see `share_own`).
+        root: by which a matrix-condition metric, and mask tuning, measure errors in the output (see `problem_of`);
+            those of a `Reduction` are measured without.
         overwrite: the Gram matrix isn't needed any more; then no second one of its size is made where one serves,
             and `unrepaired` can't be worked out there.
         units: channels that go together, one unit at a time; `None`: each goes alone.
@@ -145,9 +148,10 @@ def reduce_channels(
             return eliminate(problem, keep, block_size, overwrite=True)
         return eliminate_units(problem, units.channels, units.classes, keep, overwrite=True)
 
-    if FORMS.get(metric) == recovery:
+    # A mask's cost is measured by the root, and would have to be worked out once more.
+    if FORMS.get(metric) == recovery and (root is None or recovery != "mask"):
         is_gone = overwrite and metric == "condition_gram"
-        problem = problem_of(metric, weight, gram, ridge, cross, own_share, overwrite=overwrite)
+        problem = problem_of(metric, weight, gram, ridge, cross, own_share, root=root, overwrite=overwrite)
         # What was added to the diagonal: the elimination's cost counts it, too.
         shift = float(problem.matrix.diagonal().mean()) * ridge / (1 + ridge)
         found = eliminated(problem)
@@ -168,10 +172,10 @@ def reduce_channels(
             scores = scores[units.channels].sum(1)
             kept = units.channels[units.best(scores, keep)].flatten()
     else:
-        problem = problem_of(metric, weight, gram, ridge, cross, own_share)
+        problem = problem_of(metric, weight, gram, ridge, cross, own_share, root=root)
         found = eliminated(problem)
         kept, scores = found.kept, found.scores
-    repaired = recover(recovery, weight, gram, kept, ridge, cross, own_share)
+    repaired = recover(recovery, weight, gram, kept, ridge, cross, own_share, root)
     aim = weight
     if cross is not None and recovery != "none":
         aim = optimum(problem_of("condition_gram", weight, gram, ridge, cross, own_share))

@@ -113,6 +113,7 @@ def explain_pruning(run: Run, layer: int | None = None) -> dict[str, Any]:
         "calibration": {key: run.calibration.get(key) for key in ("source", "num_samples", "sequence_length")},
         "settings": {
             "neuron_metric": run.config.resolved_neuron_metric,
+            "error_norm": run.config.error_norm if run.config.needs_fisher else None,
             "recovery": run.config.recovery,
             "elimination_block": run.config.elimination_block,
             "alignment": run.config.alignment,
@@ -418,7 +419,7 @@ def _table(found: Mapping[str, Any]) -> list[str]:
         return lines
     notes = [
         "removed up to, kept from: the highest score of a removed unit and the lowest of a kept one, before any went. "
-        f"Score: {_METRICS[settings['neuron_metric']]} ({settings['neuron_metric']}).",
+        f"Score: {_METRICS[settings['neuron_metric']]} ({settings['neuron_metric']}).{_measured(settings)}",
         f"swapped: removed units that a plain ranking by these scores would have kept. {_order(settings)}",
         f"unrepaired, repaired: the error that removing leaves as it is, and once the rest is repaired "
         f"{_REPAIRS[settings['recovery']]}: squared, over the square of what the dense layer is to give. "
@@ -429,6 +430,13 @@ def _table(found: Mapping[str, Any]) -> list[str]:
     if any(each["swapped"] is None for layer in found["layers"] for each in layer.get("axes", ())):
         notes.append('swapped "?": can be told once the run is finished.')
     return [*lines, *(_filled(f"- {note}", 2, 4) for note in notes)]
+
+
+def _measured(settings: Mapping[str, Any]) -> str:
+    """By what the metric's errors count, where it is asked for."""
+    if settings["error_norm"] != "fisher" or settings["neuron_metric"] not in FORMS:
+        return ""
+    return " Errors count there by what they cost in loss (fisher)."
 
 
 def _order(settings: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from optimum_comp.configuration import CompConfig
 from optimum_comp.core.allocation import Allocation
 from optimum_comp.families import FFN
 from optimum_comp.machine import free_memory
+from optimum_comp.sweep.fisher import FISHER_SAMPLES, STATE_DTYPE
 from optimum_comp.sweep.ranks import Ranks
 from optimum_comp.sweep.scoring import LOSS_SAMPLES
 from optimum_comp.utils import format_bytes, parameter_count
@@ -45,9 +46,13 @@ class Workload:
         compute: bytes of a value while a layer runs.
         state: bytes of a value between layers, and on disk.
         whole_model: bytes of weights that are in memory all the time; 0 where layers are streamed.
+        product: bytes of a factor of matrix products.
         is_aligned: a second stream of hidden states goes along.
         has_mask_form: the solves need the mask form's matrices.
         has_norm: a norm is behind the consumer.
+        head_parameters: of a language-model head that isn't the embedding.
+        vocabulary: tokens that the model knows.
+        gradients: samples whose gradients are looked at; 0 if none.
         variants: streams of hidden states of the loss metric, all in memory.
         variant_samples: samples of each.
     """
@@ -62,10 +67,14 @@ class Workload:
     compute: int
     state: int
     whole_model: int
+    product: int
     is_aligned: bool
     has_mask_form: bool
     heads: int = 0
     has_norm: bool = False
+    head_parameters: int = 0
+    vocabulary: int = 0
+    gradients: int = 0
     variants: int = 0
     variant_samples: int = 0
 
@@ -80,9 +89,19 @@ class Workload:
         return (1 + self.is_aligned) * self.samples * self.length * self.hidden * self.state
 
     @property
+    def fisher_bytes(self) -> int:
+        """Second moments of the gradients behind all layers."""
+        return self.layers * self.hidden**2 * 4 if self.gradients else 0
+
+    @property
+    def trace_bytes(self) -> int:
+        """Hidden states between all layers of the samples whose gradients are looked at."""
+        return self.gradients * self.length * (self.layers + 1) * self.hidden * STATE_DTYPE.itemsize
+
+    @property
     def inputs_bytes(self) -> int:
         """Inputs of one layer's consumer."""
-        return self.samples * self.length * self.width * self.state
+        return self.samples * self.length * self.width * min(self.product, self.state)
 
 
 @dataclass(frozen=True)
@@ -150,7 +169,13 @@ def writing_of(source: ModelSource, config: CompConfig) -> Writing:
     )
 
 
-def workload_of(source: ModelSource, config: CompConfig, allocation: Allocation, ranks: Ranks) -> Workload:
+def workload_of(
+    source: ModelSource,
+    config: CompConfig,
+    allocation: Allocation,
+    ranks: Ranks,
+    products: torch.dtype | None = None,
+) -> Workload:
     """The sizes of a model and of what is to be done with it.
 
     Args:
@@ -158,15 +183,15 @@ def workload_of(source: ModelSource, config: CompConfig, allocation: Allocation,
         config: how to prune it.
         allocation: what goes.
         ranks: the processes that share the samples.
+        products: dtype of factors of matrix products; what the source computes in, if `None`.
     """
     layer = source.layers[0]
     hidden, width = source.family.ffn.consumer.matrix(layer).shape
     attention = [axis for axis in source.family.axes if axis.name != FFN and axis.name in allocation.units]
     heads = attention[0].consumer.matrix(layer).shape[1] if attention else 0
     embedding, head = source.model.get_input_embeddings().weight, source.model.get_output_embeddings()
-    outside = parameter_count(source.model) - parameter_count(source.layers)
-    if head is not None and head.weight is not embedding:
-        outside -= head.weight.numel()
+    own_head = head.weight.numel() if head is not None and head.weight is not embedding else 0
+    outside = parameter_count(source.model) - parameter_count(source.layers) - own_head
     by_loss = allocation.layers > 0 and config.layer_metric == "loss"
     return Workload(
         samples=ranks.share(config.num_samples),
@@ -181,8 +206,12 @@ def workload_of(source: ModelSource, config: CompConfig, allocation: Allocation,
         compute=source.compute_dtype.itemsize,
         state=source.state_dtype.itemsize,
         whole_model=parameter_count(source.model) * source.state_dtype.itemsize if source.is_resident else 0,
+        product=(products or source.compute_dtype).itemsize,
         is_aligned=config.alignment > 0 and config.recovery != "none",
         has_mask_form=config.resolved_neuron_metric == "condition_mask" or config.recovery == "mask",
+        head_parameters=own_head,
+        vocabulary=source.model.config.vocab_size,
+        gradients=ranks.share(min(FISHER_SAMPLES, config.num_samples)) if config.needs_fisher else 0,
         variants=len(source.layers) if by_loss else 0,
         variant_samples=min(LOSS_SAMPLES, config.num_samples) if by_loss else 0,
     )
@@ -288,17 +317,39 @@ def predict(work: Workload, plan: MemoryPlan, base: int) -> MemoryPlan:
     variants = work.variants * work.variant_samples * work.length * work.hidden * work.compute
     # The first layer is there beside the embeddings while the model is asked how it calls its layers.
     starting = embedding + layer + passing
-    peak = base + _SLACK + kept + max(starting, observing, attention, solving, writing, layer + passing + variants)
+    feeling = 0
+    in_files = not work.whole_model or plan.spill_inputs or plan.spill_states
+    if work.gradients:
+        # What a layer's products, norms and activations keep for the way back, and rounded copies of its weights.
+        back = work.length * work.compute * (30 * work.hidden + 10 * work.width) + work.layer_parameters * 2
+        head = 0 if work.whole_model else work.head_parameters * work.compute
+        logits = 6 * 4 * min(work.length * work.vocabulary, max(work.vocabulary, 2**21))
+        passed = work.gradients * work.length * work.hidden * work.compute
+        feeling = passed + max(layer + back + 2 * work.hidden**2 * 4, embedding + head + logits)
+        if not in_files:
+            kept += work.fisher_bytes
+            feeling += max(0, work.trace_bytes + work.fisher_bytes - kept)
+    peak = (
+        base
+        + _SLACK
+        + kept
+        + max(starting, feeling, observing, attention, solving, writing, layer + passing + variants)
+    )
     return replace(plan, peak_bytes=peak)
 
 
 def disk_bytes(work: Workload, plan: MemoryPlan, parameters_after: int, *, resumable: bool) -> int:
     """Space that the run takes on the disk at its worst, its result included."""
     spilled = plan.spill_inputs * work.inputs_bytes + plan.spill_states * work.states_bytes
+    if work.whole_model and not spilled:
+        return 0
+    spilled += work.fisher_bytes
     if work.whole_model:
-        return spilled
+        return max(spilled, work.fisher_bytes + work.trace_bytes)
     # Layer by layer, and once more while the shards are put together.
-    return 2 * parameters_after * work.state + spilled + (2 * work.states_bytes if resumable else 0)
+    made = 2 * parameters_after * work.state + spilled + (2 * work.states_bytes if resumable else 0)
+    # Gradients are looked at before anything is made.
+    return max(made, work.fisher_bytes + work.trace_bytes)
 
 
 def expected_seconds(work: Workload, seconds_per_layer: float) -> tuple[float, float]:

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from optimum_comp.configuration import CompConfig
 from optimum_comp.core.equalization import find_scales, room_of
+from optimum_comp.core.fisher import root_of
 from optimum_comp.core.gram import GramAccumulator, add_cross_moment
 from optimum_comp.core.layer_scores import least_important
 from optimum_comp.core.recovery import FORMS, energy, refit
@@ -22,6 +23,7 @@ from optimum_comp.core.surgery import Counts, Kept
 from optimum_comp.families import FFN, HEADS, KV, Fold
 from optimum_comp.families.cutting import Cut, cut_meanwhile, groups_kept
 from optimum_comp.report.run import Decision, LayerReport
+from optimum_comp.sweep.fisher import STATE_DTYPE, fisher_rows, output_moments
 from optimum_comp.sweep.folding import (
     Factors,
     fold_factors,
@@ -146,6 +148,8 @@ class PruningRun:
         self._dense: ActivationStore | None = None
         # What the consumer reads, where the residual stream without its output can be had.
         self._inputs: ActivationStore | None = None
+        # Of the loss's gradient behind each layer, `[layers, hidden, hidden]`.
+        self._fisher: ActivationStore | None = None
         self._at: _Layer | None = None
         self._progress: tqdm | None = None
 
@@ -181,13 +185,17 @@ class PruningRun:
         if additive and self.config.alignment > 0 and self.config.recovery != "none":
             self._dense = self._store("dense", self._hidden, self._plan.spill_states)
         if additive:
-            self._inputs = self._store("inputs", self._neurons, self._plan.spill_inputs)
+            # The consumer's product rounds them to this in any case.
+            factor = min(self._runner.matmul_dtype, self.source.state_dtype, key=lambda dtype: dtype.itemsize)
+            self._inputs = self._store("inputs", self._neurons, self._plan.spill_inputs, factor)
         elif self.ranks.is_first:
             logger.warning(
                 "A norm follows the residual stream behind %s here, so each layer is repaired on its own: alignment "
                 "and bridges are off.",
                 self.family.ffn.consumer.path,
             )
+        if additive and self._measures and done < len(self._kept_layers):
+            self._find_fisher()
         if done:
             with self.clock("read"):
                 self._recorder.restore(done, self._streams)
@@ -270,12 +278,15 @@ class PruningRun:
     def _streams(self) -> dict[str, ActivationStore]:
         return {"own": self._own} if self._dense is None else {"own": self._own, "dense": self._dense}
 
-    def _store(self, name: str, channels: int, spill: bool) -> ActivationStore:
-        file = None
-        if spill and self._folder is not None:
-            file = self._folder / f"spill-{name}-{self.ranks.rank}.bin"
-        samples = sum(map(len, self._batches))
-        store = ActivationStore(samples, self._tokens.shape[1], channels, self.source.state_dtype, file)
+    def _store(self, name: str, channels: int, spill: bool, dtype: torch.dtype | None = None) -> ActivationStore:
+        shape = sum(map(len, self._batches)), self._tokens.shape[1], channels
+        return self._made(name, shape, dtype or self.source.state_dtype, self._folder if spill else None)
+
+    def _made(
+        self, name: str, shape: tuple[int, int, int], dtype: torch.dtype, folder: Path | None
+    ) -> ActivationStore:
+        file = None if folder is None else folder / f"spill-{name}-{self.ranks.rank}.bin"
+        store = ActivationStore(*shape, dtype, file)
         self._stores.append(store)
         return store
 
@@ -333,6 +344,30 @@ class PruningRun:
         tolerance = 16 * torch.finfo(hidden.dtype).eps
         difference = float((rebuilt - whole).abs().max())
         return difference <= tolerance * float(whole.abs().max().clamp_min(1.0))
+
+    @property
+    def _measures(self) -> bool:
+        """Whether something is chosen or repaired by what an error costs in loss."""
+        return self.config.needs_fisher and (bool(self._attention) or self.keep[FFN] < self._neurons)
+
+    def _find_fisher(self) -> None:
+        """Worked out once more in a run that is gone on with, where it comes to the same."""
+        layers, length = len(self.source.layers), self._tokens.shape[1]
+        rows = len(fisher_rows(len(self._tokens), self.ranks))
+        states = self._made("trace", ((layers + 1) * rows, length, self._hidden), STATE_DTYPE, self._folder)
+        moments = self._made("fisher", (layers, self._hidden, self._hidden), torch.float32, self._folder)
+        with self.clock("gradients"):
+            output_moments(self._runner, self._tokens, self.ranks, states, moments, self.config.seed)
+        states.close()
+        self._fisher = moments
+
+    def _root(self, index: int, like: Tensor) -> Tensor | None:
+        """By which errors behind a layer are measured, in another tensor's dtype and place."""
+        if self._fisher is None:
+            return None
+        moment = self._fisher.read(slice(index, index + 1), like.device, torch.float64)[0]
+        root = root_of(moment)
+        return None if root is None else root.to(like.dtype)
 
     def _find_folds(self, index: int, own: ActivationStore) -> None:
         with self.source.layer(index) as layer, self._runner.widened(index) as dtype:
@@ -549,6 +584,7 @@ class PruningRun:
             generator=torch.Generator().manual_seed(1_000_003 * self.config.seed + index),
             cross=moments.cross,
             own_share=moments.own_share,
+            root=self._root(index, moments.gram),
             units=None if units is None else units.to(moments.gram.device),
         )
 

@@ -15,6 +15,10 @@ from optimum_comp.families import Slot
 from optimum_comp.sweep.states import ActivationStore, rows_of
 
 
+_LOGITS = 2**24
+"""That are worked out at a time: with a vocabulary of 262 144, those of 512 positions would take 0.5 GB."""
+
+
 class _StopForward(Exception):  # noqa: N818 - control flow, never an error that a user sees
     pass
 
@@ -91,12 +95,13 @@ class LayerRunner:
 
     Attributes:
         source: the dense model.
+        matmul_dtype: of factors of matrix products.
         seconds_per_layer: wall time of the first layer on that sample.
     """
 
     def __init__(self, source: ModelSource, example: Tensor, matmul_dtype: torch.dtype):
         self.source = source
-        self._matmul_dtype = matmul_dtype
+        self.matmul_dtype = matmul_dtype
         self._model = source.model
         self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self._is_tuple = False
@@ -166,6 +171,11 @@ class LayerRunner:
             for rows, batch in zip(rows_of(batches), batches, strict=True):
                 states.write(rows, self.embed(batch.to(self.source.device)))
 
+    @property
+    def positions_at_a_time(self) -> int:
+        """Of a sample, whose logits together don't take much memory."""
+        return max(1, _LOGITS // self._model.config.vocab_size)
+
     def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """What the model makes of hidden states `[batch, length, hidden]` that leave its last decoder layer.
 
@@ -187,8 +197,8 @@ class LayerRunner:
 
     def products(self) -> contextlib.AbstractContextManager[Any]:
         """Matrix products meanwhile have factors of `matmul_dtype`, and so may their results."""
-        differs = self._matmul_dtype != self.source.compute_dtype
-        rounded = self._matmul_dtype if differs else None
+        differs = self.matmul_dtype != self.source.compute_dtype
+        rounded = self.matmul_dtype if differs else None
         # Not cached: each weight is used once, and all of a layer's would add half its size to the peak.
         return torch.autocast(self.source.device.type, rounded, enabled=differs, cache_enabled=False)
 
