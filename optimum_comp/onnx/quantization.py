@@ -22,8 +22,10 @@ from optimum_comp.onnx.blocks import Assignment, round_weights, rounded_already,
 from optimum_comp.onnx.cache import cache_shapes, open_cache
 from optimum_comp.onnx.calibration import second_moments
 from optimum_comp.onnx.folders import MODEL_NAME, copy_companions, graph_bytes
+from optimum_comp.onnx.fused import BUILT
 from optimum_comp.onnx.graph import (
     dense_nodes,
+    is_fused,
     load_float_graph,
     matrices,
     needs_external_data,
@@ -199,6 +201,9 @@ def plan_of(model: Any, recipe: Recipe, family: Family | None, tokens: Tensor | 
         tokens: calibration samples `[samples, length]`.
     """
     attention = family.attention if family is not None and recipe.attention is not None else ()
+    if attention and is_fused(model.graph):
+        # GenAI's builder takes apart what a family has in one (Phi-3).
+        attention = BUILT
     consumer = family.ffn.consumer.path if family is not None and recipe.consumers_only else None
     assignment = {}
     for node in dense_nodes(model.graph):

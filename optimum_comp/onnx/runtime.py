@@ -61,23 +61,26 @@ def load_onnx(path: str | Path, threads: int | None = None, **kwargs: Any) -> An
     return model
 
 
+def open_session(model: str | bytes) -> Any:
+    """An ONNX Runtime session of a file or a model in memory, which says errors only."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
 class GraphRunner:
     """An ONNX Runtime session of a decoder's graph.
 
     Args:
         path: the graph.
-        cache_shape: heads of a layer's cache and width of a head, for a graph that leaves them open.
     """
 
-    def __init__(self, path: Path, cache_shape: tuple[int, int] | None = None):
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    def __init__(self, path: Path):
+        self._session = open_session(str(path))
         self._inputs = {each.name: each.shape for each in self._session.get_inputs()}
         self._outputs = {each.name: each.shape for each in self._session.get_outputs()}
-        self._cache_shape = cache_shape
 
     @property
     def cache_names(self) -> list[str]:
@@ -110,8 +113,7 @@ class GraphRunner:
         if name == "position_ids":
             return np.broadcast_to(np.arange(start, start + length), (batch, length)).copy()
         if name.startswith(PAST):
-            heads, width = self._cache_shape or (self._size(name, HEADS), self._size(name, WIDTH))
-            return np.zeros((batch, heads, 0, width), np.float32)
+            return np.zeros((batch, self._size(name, HEADS), 0, self._size(name, WIDTH)), np.float32)
         raise ValueError(f"the graph has an input {name!r} that isn't known here.")
 
     def _size(self, name: str, place: int) -> int:
@@ -119,7 +121,7 @@ class GraphRunner:
         for shape in (self._inputs[name], self._outputs.get(name.replace(PAST, PRESENT, 1))):
             if shape is not None and isinstance(shape[place], int):
                 return int(shape[place])
-        raise ValueError(f"the graph doesn't say the shape of its cache {name!r}; give cache_shape.")
+        raise ValueError(f"the graph doesn't say the shape of its cache {name!r}.")
 
 
 class CachedDecoder:
@@ -127,11 +129,10 @@ class CachedDecoder:
 
     Args:
         path: the graph.
-        cache_shape: heads of a layer's cache and width of a head, for a graph that leaves them open.
     """
 
-    def __init__(self, path: Path, cache_shape: tuple[int, int] | None = None):
-        self._runner = GraphRunner(path, cache_shape)
+    def __init__(self, path: Path):
+        self._runner = GraphRunner(path)
         self._cache: dict[str, Any] = {}
         self._read = 0
 
@@ -143,3 +144,20 @@ class CachedDecoder:
         self._cache = dict(zip(names, cache, strict=True))
         self._read += len(tokens)
         return logits[0]
+
+
+def greedy_tokens(path: Path, prompt: Sequence[int], new_tokens: int) -> list[int]:
+    """The tokens that ONNX Runtime generates with a decoder's graph, whatever they are.
+
+    Args:
+        path: the graph.
+        prompt: token ids.
+        new_tokens: how many to generate.
+    """
+    decoder = CachedDecoder(path)
+    found: list[int] = []
+    step = list(prompt)
+    for _ in range(new_tokens):
+        step = [int(decoder.logits(step)[-1].argmax())]
+        found += step
+    return found
