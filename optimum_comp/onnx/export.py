@@ -29,7 +29,7 @@ from optimum_comp.onnx.parity import (
     run_torch,
 )
 from optimum_comp.onnx.registration import register_families
-from optimum_comp.onnx.runtime import require_onnxruntime
+from optimum_comp.onnx.runtime import is_transformers_5, require_onnxruntime
 from optimum_comp.onnx.tied import every_embedding_is_shared
 from optimum_comp.utils import get_logger
 
@@ -104,7 +104,8 @@ def export_onnx(
         output: the folder to make; it opens with `ORTModelForCausalLM.from_pretrained`.
         exporter: `optimum`; `genai`, whose graph has attention as one operator and generates faster, for the families
             that ONNX Runtime GenAI's model builder knows; or `auto`: that one, and Optimum's where the builder isn't
-            installed, doesn't know the family or makes a graph that computes something else.
+            installed, doesn't know the family or makes a graph that computes something else. With transformers 5,
+            Optimum's exporter doesn't run, and `auto` is `genai`.
         tolerance: see above.
         overwrite: replace a model that is in `output`.
         record: what the output is to be known by; see `atomic_folder`.
@@ -132,7 +133,7 @@ def export_onnx(
                 _export_with_genai(source, folder)
                 differences = _compare(expected, folder, tolerance, far=True)
             except (ImportError, RuntimeError) as error:
-                if exporter == GENAI:
+                if exporter == GENAI or is_transformers_5():
                     raise
                 reason = str(error)
                 logger.info("Exporting with Optimum instead: %s", reason)
@@ -188,8 +189,13 @@ def require_exporter(name: str) -> None:
     """
     if name not in EXPORTERS:
         raise ValueError(f"exporter={name!r} is not valid: it must be one of {', '.join(EXPORTERS)}.")
-    if name == GENAI:
+    if name == GENAI or (name == AUTO and is_transformers_5()):
         require_genai()
+    if name == OPTIMUM and is_transformers_5():
+        raise ImportError(
+            f"exporter={name!r} needs optimum-onnx, which can't be installed with transformers 5; take genai, or an "
+            "environment with transformers below 4.58."
+        )
 
 
 def check_checkpoint(source: Path) -> None:

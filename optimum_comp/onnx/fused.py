@@ -24,7 +24,7 @@ from typing import Any
 from optimum_comp.onnx.cache import HEADS, PAST, PRESENT, WIDTH
 from optimum_comp.onnx.folders import MODEL_NAME
 from optimum_comp.onnx.graph import ATTENTION, dense_nodes, matrices, needs_external_data
-from optimum_comp.onnx.runtime import open_session
+from optimum_comp.onnx.runtime import is_transformers_5, open_session
 from optimum_comp.onnx.shapes import constants, remove_unused
 
 
@@ -65,7 +65,7 @@ def require_genai() -> str:
     """
     import transformers
 
-    version, is_new = genai_version(), int(transformers.__version__.split(".")[0]) >= 5
+    version, is_new = genai_version(), is_transformers_5()
     wanted = "onnxruntime-genai>=0.16" if is_new else "onnxruntime-genai>=0.12,<0.16"
     if version is None:
         raise ImportError(f"this needs ONNX Runtime GenAI, which isn't installed: pip install '{wanted}' onnx-ir")

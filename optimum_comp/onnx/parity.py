@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from optimum_comp.onnx.folders import MODEL_NAME
+from optimum_comp.onnx.plain import PlainModel
+from optimum_comp.onnx.runtime import is_transformers_5
 from optimum_comp.utils import get_logger
 
 
@@ -64,7 +66,7 @@ def run_torch(checkpoint: Path, *, far: bool = False) -> Found:
 
 
 def run_graph(folder: Path, *, cache_shape: tuple[int, int] | None = None, far: bool = False) -> Found:
-    """What `ORTModelForCausalLM` computes with a graph.
+    """What `ORTModelForCausalLM` computes with a graph; with transformers 5, `PlainModel`.
 
     Args:
         folder: holds `model.onnx` and `config.json`.
@@ -74,17 +76,20 @@ def run_graph(folder: Path, *, cache_shape: tuple[int, int] | None = None, far: 
     Raises:
         RuntimeError: the class doesn't open or run it; says why.
     """
-    from optimum.onnxruntime import ORTModelForCausalLM
-
     # What was compared before may still be there, and models are large.
     gc.collect()
     try:
+        if is_transformers_5():
+            return run_model(PlainModel(folder), far=far)
+        from optimum.onnxruntime import ORTModelForCausalLM
+
         model = ORTModelForCausalLM.from_pretrained(folder, file_name=MODEL_NAME, provider="CPUExecutionProvider")
         if cache_shape is not None:
             model.num_key_value_heads, model.embed_size_per_head = cache_shape
         return run_model(model, far=far)
     except Exception as error:
-        raise RuntimeError(f"{MODEL_NAME} doesn't run in ORTModelForCausalLM: {error}") from error
+        runtime = "ONNX Runtime" if is_transformers_5() else "ORTModelForCausalLM"
+        raise RuntimeError(f"{MODEL_NAME} doesn't run in {runtime}: {error}") from error
 
 
 @torch.no_grad()
@@ -117,8 +122,13 @@ def run_model(model: Any, *, far: bool = False) -> Found:
     settings = GenerationConfig(
         max_new_tokens=_GENERATED, do_sample=False, pad_token_id=0, output_logits=True, return_dict_in_generate=True
     )
-    prompt = {"input_ids": ids[:, :_PREFILL], "attention_mask": mask[:, :_PREFILL]}
-    generated = model.generate(**prompt, generation_config=settings, use_model_defaults=False)
+    prompts = {"input_ids": ids[:, :_PREFILL], "attention_mask": mask[:, :_PREFILL]}
+    # What isn't set is taken from them.
+    own, model.generation_config = model.generation_config, settings
+    try:
+        generated = model.generate(**prompts, generation_config=settings)
+    finally:
+        model.generation_config = own
     logits[GENERATED] = torch.stack(generated.logits, 1)
     return Found(logits, generated.sequences[:, _PREFILL:])
 
