@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from optimum_comp.evaluation import Settings
 
 
+# The benchmark stands beside ONNX Runtime's, with the transformers that has it.
+need_onnx()
 gguf = pytest.importorskip("gguf")
 
 
@@ -72,7 +74,6 @@ def test_what_is_not_written_is_refused(changes, said, llama_cpp, tmp_path):
 
 
 def test_a_machine_without_it_is_told_why(llama_cpp, benchmarks, tmp_path, monkeypatch, capsys):
-    need_onnx()
     monkeypatch.setattr(llama_cpp.platform, "machine", lambda: "x86_64")
     monkeypatch.setenv("PATH", "")
     assert benchmarks("speed").in_llama_cpp("somewhere", tmp_path, Settings()) == {}
