@@ -42,10 +42,11 @@ demo: $(READY) models/$(MODEL)/config.json  ## Prune SmolLM2-135M, export, quant
 test: $(READY)  ## Run the default tests
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-# Left out, to save minutes: launchers, which transformers has no part in, and the command line's arguments. The command
-# line itself is what the tests of interrupted runs start.
+# Left out, to save minutes: what transformers has no part in. The command line itself is what the tests of interrupted runs
+# start.
+NOT_TRANSFORMERS = allocation bad_inputs claims cli core_mathematics distributed explain files fuzz recipe rounding
 test-transformers5: $(READY5)  ## Run the default tests that need no exporter of Optimum's, with transformers 5
-	COMP_TEST_WITHOUT_ONNX=1 $(VENV5)/bin/python -m pytest -n $(JOBS) --dist loadfile --ignore tests/test_distributed.py --ignore tests/test_cli.py
+	COMP_TEST_WITHOUT_ONNX=1 $(VENV5)/bin/python -m pytest -n $(JOBS) --dist loadfile $(foreach NAME,$(NOT_TRANSFORMERS),--ignore tests/test_$(NAME).py)
 
 families: $(READY) $(READY5)  ## Write docs/families.md from what the contract tests find with transformers 4 and 5
 	COMP_WRITE_TABLE=1 $(BIN)/python -m pytest tests/test_contract.py

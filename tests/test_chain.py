@@ -115,7 +115,6 @@ def require_complete(output: Path, reference: Path) -> None:
     [
         *((step, "exception") for step in ORDER),
         ("prune", "ctrl-c"),
-        *(pytest.param(step, "ctrl-c", marks=pytest.mark.slow) for step in ORDER if step != "prune"),
     ],
 )
 def test_a_failure_in_this_process_keeps_what_was_finished(step, kind, made, undisturbed, tmp_path, monkeypatch):
@@ -152,8 +151,17 @@ def _found(holder: str, attribute: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", ORDER)
-@pytest.mark.parametrize("kind", ["kill", "disk", "memory"])
+@pytest.mark.parametrize(
+    ("step", "kind"),
+    [
+        *((step, "kill") for step in ORDER),
+        # Where most is written, and where most is held.
+        ("prune", "disk"),
+        ("quantize", "disk"),
+        ("export", "memory"),
+        ("measure", "memory"),
+    ],
+)
 def test_a_process_that_dies_keeps_what_was_finished(step, kind, made, undisturbed, tmp_path):
     data = recipe_of(made, measure=step == "measure")
     output = tmp_path / "out"
@@ -168,7 +176,7 @@ def test_a_process_that_dies_keeps_what_was_finished(step, kind, made, undisturb
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("step", "kind"), [("prune", "kill"), ("export", "memory"), ("bundle", "disk")])
+@pytest.mark.parametrize(("step", "kind"), [("prune", "kill"), ("bundle", "disk")])
 def test_the_real_model_loses_nothing(step, kind, real_model, real_undisturbed, tmp_path):
     done = broken_run(real_recipe(real_model), tmp_path / "out", step, kind)
     assert done.returncode != 0, done.stderr

@@ -60,11 +60,11 @@ def test_pruned_20_percent(pruned, text, dense_perplexity):
 
 def test_a_little_distillation_brings_it_nearer(real_model, pruned, text, tmp_path):
     (tmp_path / "text.txt").write_text(text[0])
-    chosen = DistilSettings(text=[str(tmp_path / "text.txt")], steps=8)
+    chosen = DistilSettings(text=[str(tmp_path / "text.txt")], steps=4)
     found = distil(pruned, real_model, tmp_path / "out", chosen)
-    assert found.steps == 8 and found.peak_memory_bytes < 7e9
+    assert found.steps == 4 and found.peak_memory_bytes < 7e9
     before, after = (
-        perplexity(AutoModelForCausalLM.from_pretrained(folder).eval(), text[1])[0]
+        perplexity(AutoModelForCausalLM.from_pretrained(folder).eval(), text[1][:4096])[0]
         for folder in (pruned, tmp_path / "out")
     )
     assert after < before
