@@ -25,7 +25,9 @@ from optimum_comp.stages.export import Export
 from optimum_comp.stages.prune import Prune, Running
 from optimum_comp.stages.quantize import Quantize, QuantizeSettings
 from optimum_comp.stages.recipe import Recipe
+from optimum_comp.stages.vocabulary import Vocabulary
 from optimum_comp.utils import format_bytes
+from optimum_comp.vocabulary.settings import VocabularySettings
 
 
 QUANTIZED_TOLERANCE = 1.05
@@ -44,6 +46,7 @@ class Compression:
         costs: what each step took, in order.
         notes: what the user has to know.
         distillation: what distillation's stage tells of itself; empty if there is none.
+        vocabulary: what the vocabulary's stage tells of itself; empty if there is none.
         quantization: what quantization's stage tells of itself; empty if there is none.
     """
 
@@ -55,11 +58,13 @@ class Compression:
     notes: list[str] = field(default_factory=list)
     quantization: dict[str, Any] = field(default_factory=dict)
     distillation: dict[str, Any] = field(default_factory=dict)
+    vocabulary: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {
             "output": str(self.output),
+            "vocabulary": self.vocabulary,
             "pruning": self.pruning,
             "stages": {name: stage.to_dict() for name, stage in self.stages.items()},
             "distillation": self.distillation,
@@ -83,6 +88,11 @@ class Compression:
         if self.costs:
             lines.append("What each step took:")
             lines.append("\n".join(f"- {name}: {cost}" for name, cost in self.costs.items()))
+        if self.vocabulary:
+            told = self.vocabulary
+            lines.append(
+                f"Vocabulary: {told['tokens_before']:,} -> {told['tokens_after']:,} tokens (by {told['chosen_by']})."
+            )
         loss = self.quantization_loss
         if loss is not None:
             verdict = "within" if loss <= QUANTIZED_TOLERANCE else "NOT within"
@@ -95,8 +105,8 @@ class Compression:
             lines.append(f"{self.output}: complete; nothing was measured.")
         if self.bundle is not None:
             size = format_bytes(sum(self.bundle["files"].values()))
-            told = [f"{self.bundle['output']}: bundle for {self.bundle['target']}, {size}.", *self.bundle["notes"]]
-            lines.append("\n".join(told))
+            said = [f"{self.bundle['output']}: bundle for {self.bundle['target']}, {size}.", *self.bundle["notes"]]
+            lines.append("\n".join(said))
         lines += self.notes
         return "\n\n".join(lines)
 
@@ -154,6 +164,7 @@ def run(
         outcome.notes,
         outcome.results.get(Quantize.name, {}),
         outcome.results.get(Distil.name, {}),
+        outcome.results.get(Vocabulary.name, {}),
     )
     for name, text in (
         (COMPRESSION_SUMMARY, json.dumps(result.to_dict(), indent=1, default=str) + "\n"),
@@ -177,6 +188,7 @@ def compress(
     recipe: str = "int8",
     target: str = "any",
     distil: DistilSettings | None = None,
+    vocabulary: VocabularySettings | None = None,
     budget: Budget | None = None,
     settings: Settings | None = None,
     bundle: str | Path | None = None,
@@ -198,6 +210,7 @@ def compress(
         recipe: how to quantize; not used with a budget.
         target: the processor that it is for.
         distil: train the pruned model on the dense one's predictions, like this; `None`: not.
+        vocabulary: keep only some tokens, like this, before anything else is done; `None`: all.
         budget: search for the mix of precisions that keeps it, relative to the pruned model.
         settings: what to measure.
         bundle: folder to make a bundle for a phone in (see `write_bundle`); `None` for none.
@@ -220,6 +233,8 @@ def compress(
     )
     running = Running(text_column=text_column, batch_size=batch_size, matmul_dtype=matmul_dtype)
     stages: list[Stage] = [Prune(config, running, calibration, is_equalized=config.equalize)]
+    if vocabulary is not None:
+        stages.insert(0, Vocabulary(vocabulary))
     if distil is not None:
         stages.append(Distil(distil))
     stages += [Export(), Quantize(quantization)]

@@ -47,7 +47,7 @@ _PIECE = 2**20
 """Characters of a text that are made tokens at a time."""
 _PROBE = 2000
 _PROBES = (
-    'The quick brown fox jumps over the lazy dog: "1,234.5 %", (don\'t!) -- x_1 = {y: [z]};\n\n\tdef f(a):  return a\n',
+    'The quick brown fox jumps over the lazy dog: "1,234.5 %", (don\'t!) -- x_1 = {y: [z]};\n\n\tdef f(a):  0\n',
     "Ça coûte 5 €, naïve Grüße, žluťoučký kůň, İstanbul – “quoted”…",
     "Съешь же ещё этих мягких французских булок. Ξεσκεπάζω την ψυχοφθόρα βδελυγμία.",
     "いろはにほへと 色は匂えど 中文字符。 한국어 문장. हिन्दी में एक वाक्य। สวัสดี שלום مرحبا",
@@ -194,7 +194,9 @@ class Plan:
             spare=sorted(token for token in file.pieces if token < rows),
         )
         if len(kept) >= rows:
-            raise ValueError(f"nothing would go: all {rows:,} tokens of {model} stay. Name fewer scripts or less text.")
+            raise ValueError(
+                f"nothing would go: all {rows:,} tokens of {model} stay. Name fewer scripts or less text."
+            )
         # A token without a row, which only an input of another kind has, stays one.
         beyond = [token for token in (*file.declared, *extra.values()) if token >= rows]
         order = sorted({*kept, *beyond})
@@ -250,7 +252,7 @@ class Plan:
         aliases = dict(model.named_parameters(remove_duplicate=False))
         cut = {id(parameter) for parameter in _of_vocabulary(model).values()}
         # A tied head may lie in the files beside the embedding.
-        stored = {names.get(name, name) for name, parameter in aliases.items() if id(parameter) in cut}
+        stored = {names.get(name) or name for name, parameter in aliases.items() if id(parameter) in cut}
         parts = made / "parts"
         parts.mkdir()
         written = []
@@ -295,7 +297,8 @@ class Plan:
             ValueError: it doesn't; says of which text.
         """
         was, now = open_tokenizer(self.model, self.lookup), open_tokenizer(made)
-        wanted = {text: new for text, token in was.get_vocab().items() if (new := self.new_id(token)) is not None}
+        wanted = {text: self.new_id(token) for text, token in was.get_vocab().items()}
+        wanted = {text: token for text, token in wanted.items() if token is not None}
         if now.get_vocab() != wanted:
             wrong = sorted({text for text, _ in set(wanted.items()) ^ set(now.get_vocab().items())})
             raise ValueError(

@@ -77,7 +77,9 @@ class Characters:
             end = len(part)
         except UnicodeDecodeError:
             pass
-        if start and part[:start] not in self._tails or end < len(part) and part[end:] not in self._heads:
+        if start and part[:start] not in self._tails:
+            return False
+        if end < len(part) and part[end:] not in self._heads:
             return False
         try:
             return all(character in self._characters for character in part[start:end].decode("utf-8"))

@@ -15,8 +15,8 @@ class VocabularySettings:
 
     scripts: list[str] | None = option(
         Subset(tuple(SCRIPTS)),
-        f"Keep every token that texts in these scripts can have: some of {', '.join(SCRIPTS)}. All but ascii come with "
-        "digits, punctuation and signs, and not with ASCII's letters.",
+        "Keep every token that texts in these scripts can have. Each comes with digits, punctuation and signs (of "
+        f"ascii, ASCII's alone); ASCII's letters come with ascii and latin only. Some of {', '.join(SCRIPTS)}.",
         default=None,
         metavar="SCRIPT,...",
     )
@@ -30,7 +30,7 @@ class VocabularySettings:
     text_column: str | None = column_option()
     max_tokens: int | None = option(
         Integer(1),
-        "Keep so many tokens at most: the most frequent ones of the text, then those that the tokenizer numbers first.",
+        "Keep so many tokens at most: the most frequent ones of the text, then those with the lowest ids.",
         default=None,
         default_text="no limit",
         metavar="N",

@@ -76,7 +76,7 @@ class TokenizerFile:
 
     @cached_property
     def declared(self) -> dict[int, str]:
-        """Id -> text, of the tokens that are looked for in a text before the model sees it: special ones and others."""
+        """Id -> text, of the tokens that are looked for in a text before the model sees it."""
         return {int(each["id"]): str(each["content"]) for each in self.data.get("added_tokens") or []}
 
     @property
