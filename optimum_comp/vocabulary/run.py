@@ -26,7 +26,6 @@ from optimum_comp.families import family_of
 from optimum_comp.files import DISTILLATION, VOCABULARY, atomic_folder, check_folder, check_model
 from optimum_comp.report.model_card import CARD, cut_card
 from optimum_comp.report.run import REPORT_NAME
-from optimum_comp.strict_json import read_object
 from optimum_comp.sweep.memory import check_disk
 from optimum_comp.utils import explaining, get_logger, lookup_arguments, parameter_count, shown
 from optimum_comp.vocabulary.numbering import ids_needed, renumbered
@@ -45,7 +44,8 @@ _STALE = ("tokenizer.model", "spiece.model", "vocab.txt", "*.tiktoken", "vocab.b
 """Other files of a tokenizer that hold all tokens, in forms that nothing here writes."""
 _PIECE = 2**20
 """Characters of a text that are made tokens at a time."""
-_PROBE = 2000
+_PROBE, _PROBES_OF_TOKENS, _TOGETHER = 2000, 64, 12
+"""Characters of each text that the tokenizers are compared on; texts that are made for it, and tokens of each."""
 _PROBES = (
     'The quick brown fox jumps over the lazy dog: "1,234.5 %", (don\'t!) -- x_1 = {y: [z]};\n\n\tdef f(a):  0\n',
     "Ça coûte 5 €, naïve Grüße, žluťoučký kůň, İstanbul – “quoted”…",
@@ -174,8 +174,9 @@ class Plan:
                 f"{model} has no {TOKENIZER}, which is what is cut. If transformers can make one, do so once: "
                 f"AutoTokenizer.from_pretrained({model!r}).save_pretrained(FOLDER)."
             )
-        file = TokenizerFile(_read(folder / TOKENIZER), model)
+        # First, because it refuses what is damaged.
         tokenizer = open_tokenizer(model, lookup)
+        file = TokenizerFile(_read(folder / TOKENIZER), model)
         extra = _extra_tokens(file, tokenizer.get_vocab(), model)
         rows = int(config.vocab_size)
         needed = {*file.always, *extra.values(), *_ids_in_settings(folder, config)}
@@ -305,7 +306,11 @@ class Plan:
                 f"the tokenizer of {self.model} can't be cut: transformers numbers {shown(', '.join(wrong[:3]))} "
                 "otherwise than its file does."
             )
-        for text in (*_PROBES, *(_first(source, self.settings.text_column) for source in self.settings.text or ())):
+        # Of tokens that stay, too, spread over the vocabulary.
+        step = len(self.kept) // _TOGETHER + 1
+        made_of = (self.kept[place * step // _PROBES_OF_TOKENS :: step] for place in range(_PROBES_OF_TOKENS))
+        probes = [*_PROBES, *(was.decode(tokens, clean_up_tokenization_spaces=False) for tokens in made_of)]
+        for text in (*probes, *(_first(source, self.settings.text_column) for source in self.settings.text or ())):
             ids = [tokenizer(text)["input_ids"] for tokenizer in (was, now)]
             again = [
                 tokenizer.decode(each, clean_up_tokenization_spaces=False)
@@ -466,7 +471,10 @@ def _of_vocabulary(model: Any) -> dict[str, nn.Parameter]:
 
 def _read(path: Path) -> dict[str, Any]:
     with explaining(f"{path} is damaged", ValueError):
-        return read_object(path)
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("no JSON object")
+        return found
 
 
 def _write(path: Path, data: Any, indent: int | None = 2) -> None:

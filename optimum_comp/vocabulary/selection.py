@@ -209,13 +209,14 @@ def choose(
             )
     _fill(kept, ranked, needs, limit)
     if len(kept) % multiple:
-        aim = -(-len(kept) // multiple) * multiple
+        stay = len(kept)
+        aim = -(-stay // multiple) * multiple
         rest = [token for token in (*ranked, *spare) if token not in kept]
         while len(kept) < aim and _fill(kept, rest, needs, aim):
             pass
         if len(kept) < aim:
             raise ValueError(
-                f"round_to={multiple} is not valid: {len(kept):,} tokens stay, and there are too few others to make "
+                f"round_to={multiple} is not valid: {stay:,} tokens stay, and there are too few others to make "
                 f"their number {aim:,}."
             )
     return kept

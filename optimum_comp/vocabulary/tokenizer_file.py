@@ -42,8 +42,10 @@ class TokenizerFile:
             self._require_bytes()
         elif self.of_bytes:
             raise self._refused("is a Unigram of bytes")
-        # Without all bytes, a character that goes would be lost.
+        # Where a byte is missing, characters are lost as if there were none.
         self.falls_back = self.falls_back and all(BYTES[value] in self.ids for value in IN_TEXT)
+        if self.kind == "Unigram" and not self.falls_back:
+            self._require_characters()
 
     def _require_bytes(self) -> None:
         for field in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
@@ -55,6 +57,14 @@ class TokenizerFile:
         missing = [f"0x{value:02X}" for value in IN_TEXT if names[value] not in self.ids]
         if missing:
             raise self._refused(f"is a BPE without tokens for the bytes {', '.join(missing[:3])}")
+
+    def _require_characters(self) -> None:
+        for token, piece in self.pieces.items():
+            if token in self.declared or token == self.model.get("unk_id"):
+                continue
+            missing = next((character for character in piece if character not in self.ids), None)
+            if missing is not None:
+                raise self._refused(f"is a Unigram without bytes in which {missing!r} alone is no token")
 
     def _refused(self, why: str) -> ValueError:
         return ValueError(f"the tokenizer of {self.name} {why}; what can be cut are {_KINDS}.")
