@@ -28,7 +28,7 @@ $(READY): pyproject.toml constraints.txt
 
 $(READY5): pyproject.toml constraints-transformers5.txt
 	$(PYTHON) -m venv $(VENV5)
-	$(VENV5)/bin/python -m pip install --quiet -c constraints-transformers5.txt -e '.[test]'
+	$(VENV5)/bin/python -m pip install --quiet -c constraints-transformers5.txt -e '.[genai,test]'
 	touch $@
 
 install: $(READY)  ## Make .venv with everything in it
@@ -44,7 +44,7 @@ test: $(READY)  ## Run the default tests
 
 # Left out, to save minutes: launchers, which transformers has no part in, and the command line's arguments. The command
 # line itself is what the tests of interrupted runs start.
-test-transformers5: $(READY5)  ## Run the default tests that need no ONNX, with transformers 5
+test-transformers5: $(READY5)  ## Run the default tests that need no exporter of Optimum's, with transformers 5
 	COMP_TEST_WITHOUT_ONNX=1 $(VENV5)/bin/python -m pytest -n $(JOBS) --dist loadfile --ignore tests/test_distributed.py --ignore tests/test_cli.py
 
 families: $(READY) $(READY5)  ## Write docs/families.md from what the contract tests find with transformers 4 and 5

@@ -1,10 +1,10 @@
 """Generation with ONNX Runtime GenAI against Optimum: speed, perplexity and size.
 
-    python benchmarks/genai.py --model models/smollm2 --pruned out/pruned --python genai-env/bin/python --text text.txt
+    python benchmarks/genai.py --model models/smollm2 --pruned out/pruned --text text.txt
 
-The first rows are the dense model in float32, with `ORTModelForCausalLM` and in GenAI; the others are the pruned one
-(or the dense one, if none is given): what GenAI's own builder makes of it at 8 and 4 bits, and bundles of ours, whose
-exported graph and whose fused graph are run by Optimum and by GenAI. The same threads, prompt and number of tokens for
+The first rows are the dense model in float32: as Optimum exports it, and GenAI's graph of it in `ORTModelForCausalLM`
+and in GenAI; the others are the pruned one (or the dense one, if none is given): what GenAI's own builder makes of it
+at 8 and 4 bits, and our recipes on the one graph, in both runtimes. The same threads, prompt and number of tokens for
 all; medians after a warm-up. Perplexity is that of the very graph, run by ONNX Runtime. The last rows measure the
 speed of the first ones again: what the machine has changed in between.
 """
@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import importlib
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from typing import Any
 
 
 def measure_here(job: dict[str, Any]) -> tuple[float, float]:
-    """Prefill and decode tokens per second with GenAI, in an environment that has nothing else of this package's."""
+    """Prefill and decode tokens per second with GenAI."""
     genai: Any = importlib.import_module("onnxruntime_genai")
     config = genai.Config(job["folder"])
     threads = {"session_options": {"intra_op_num_threads": job["threads"]}}
@@ -70,24 +71,17 @@ class Bench:
     def __init__(self, args: argparse.Namespace):
         self.args = args
 
-    def in_optimum(self, name: str, folder: Path, graph: str = "model.onnx", *, speed_only: bool = False) -> Row:
+    def in_optimum(self, name: str, folder: Path, *, speed_only: bool = False) -> Row:
         """Everything with `ORTModelForCausalLM`."""
-        from optimum_comp.evaluation import evaluate_apart
-
-        settings = self.settings(self.args.prompt_tokens)
-        settings = dataclasses.replace(settings, text=None) if speed_only else settings
-        result = evaluate_apart(folder, settings, file_name=graph)
+        result = self._evaluate(folder, self.args.prompt_tokens, speed_only=speed_only)
         prefill, decode = result.prefill_tokens_per_second, result.decode_tokens_per_second
         assert prefill is not None and decode is not None
         return Row(name, result.size_bytes, result.perplexity, prefill, decode)
 
-    def in_genai(self, name: str, folder: Path, graph: str, *, speed_only: bool = False) -> Row:
+    def in_genai(self, name: str, folder: Path, *, speed_only: bool = False) -> Row:
         """Speed with GenAI, perplexity of the same graph with Optimum."""
         import torch
         from transformers import AutoConfig
-
-        from optimum_comp.evaluation import evaluate_apart
-        from optimum_comp.onnx.genai import require_environment
 
         vocabulary = AutoConfig.from_pretrained(folder).vocab_size
         generator = torch.Generator().manual_seed(0)
@@ -98,14 +92,17 @@ class Bench:
             "new_tokens": self.args.new_tokens,
             "repeats": self.args.repeats,
         }
-        python = require_environment(self.args.python).python
-        command = [str(python), "-I", __file__, "--here", json.dumps(job)]
+        command = [sys.executable, __file__, "--here", json.dumps(job)]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         prefill, decode = json.loads(done.stdout.splitlines()[-1])
-        settings = self.settings(0)
-        settings = dataclasses.replace(settings, text=None) if speed_only else settings
-        result = evaluate_apart(folder, settings, file_name=graph)
+        result = self._evaluate(folder, 0, speed_only=speed_only)
         return Row(name, result.size_bytes, result.perplexity, prefill, decode)
+
+    def _evaluate(self, folder: Path, prompt_tokens: int, *, speed_only: bool) -> Any:
+        from optimum_comp.evaluation import evaluate_apart
+
+        settings = self.settings(prompt_tokens)
+        return evaluate_apart(folder, dataclasses.replace(settings, text=None) if speed_only else settings)
 
     def settings(self, prompt_tokens: int) -> Any:
         """What to measure with Optimum."""
@@ -124,45 +121,50 @@ class Bench:
         """Make each folder and measure it."""
         from transformers import AutoTokenizer
 
-        from optimum_comp.bundle import FUSED_NAME, write_bundle
+        from optimum_comp.bundle import write_bundle
         from optimum_comp.calibration.text import choose_blocks, read_text, tokenize
         from optimum_comp.onnx.export import export_onnx
-        from optimum_comp.onnx.folders import MODEL_NAME
-        from optimum_comp.onnx.fused import build_genai
         from optimum_comp.onnx.quantization import quantize_onnx
         from optimum_comp.onnx.recipes import find_recipe
 
         args, pruned = self.args, self.args.pruned or self.args.model
         label = "pruned" if args.pruned else "dense"
-        dense = export_onnx(args.model, scratch / "dense").output
+        plain = export_onnx(args.model, scratch / "plain", exporter="optimum").output
+        yield self.in_optimum("dense, float32, Optimum's graph", plain)
+        exported = export_onnx(args.model, scratch / "dense", exporter="genai").output
+        dense = write_bundle(exported, scratch / "dense-bundle", target="any").output
         yield self.in_optimum("dense, float32, Optimum", dense)
-        built = build_genai(args.model, scratch / "built32", bits=32, python=args.python).output
-        yield self.in_genai("dense, float32, fused, GenAI", built, MODEL_NAME)
+        yield self.in_genai("dense, float32, GenAI", dense)
         for bits in (8, 4):
-            folder = build_genai(pruned, scratch / f"built{bits}", bits=bits, python=args.python).output
-            yield self.in_genai(f"{label}, GenAI's own {bits} bit, GenAI", folder, MODEL_NAME)
-        exported = export_onnx(pruned, scratch / "pruned").output if args.pruned else dense
+            yield self.in_genai(
+                f"{label}, GenAI's own {bits} bits, GenAI", build(pruned, scratch / f"built{bits}", bits)
+            )
+        if args.pruned:
+            exported = export_onnx(pruned, scratch / "pruned", exporter="genai").output
         for recipe in args.recipe:
             tokens = None
             if find_recipe(recipe).rounding == "compensated":
                 text = tokenize(AutoTokenizer.from_pretrained(pruned), read_text(args.calibration)[0])
                 tokens = choose_blocks(text, 64, 512, 0, args.calibration)
             quantized = quantize_onnx(exported, scratch / recipe, recipe=recipe, tokens=tokens).output
-            plain = write_bundle(quantized, scratch / f"{recipe}-plain", target="any", genai=False).output
-            yield self.in_optimum(f"{label}, {recipe}, Optimum", plain)
-            yield self.in_genai(f"{label}, {recipe}, GenAI", plain, MODEL_NAME)
-            fused = write_bundle(
-                quantized,
-                scratch / f"{recipe}-fused",
-                target="any",
-                genai=True,
-                checkpoint=pruned,
-                genai_python=args.python,
-            ).output
-            yield self.in_optimum(f"{label}, {recipe}, fused, Optimum", fused, FUSED_NAME)
-            yield self.in_genai(f"{label}, {recipe}, fused, GenAI", fused, FUSED_NAME)
-        yield self.in_optimum("dense, float32, Optimum, again", dense, speed_only=True)
-        yield self.in_genai("dense, float32, fused, GenAI, again", built, MODEL_NAME, speed_only=True)
+            bundle = write_bundle(quantized, scratch / f"{recipe}-bundle", target="any").output
+            yield self.in_optimum(f"{label}, {recipe}, Optimum", bundle)
+            yield self.in_genai(f"{label}, {recipe}, GenAI", bundle)
+        yield self.in_optimum("dense, float32, Optimum's graph, again", plain, speed_only=True)
+        yield self.in_genai("dense, float32, GenAI, again", dense, speed_only=True)
+
+
+def build(checkpoint: Path, folder: Path, bits: int) -> Path:
+    """What GenAI's builder makes by itself, with its own rounding."""
+    from optimum_comp.onnx.folders import copy_companions
+    from optimum_comp.onnx.fused import run_builder
+
+    # At 8 bits, its way to store a tied embedding once makes a graph that doesn't load (0.15).
+    options = {"shared_embeddings": "false"} if bits == 8 else {}
+    run_builder(checkpoint, folder, f"int{bits}", **options)
+    copy_companions(checkpoint, folder)
+    shutil.copyfile(checkpoint / "config.json", folder / "config.json")
+    return folder
 
 
 def main() -> None:
@@ -176,7 +178,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, type=Path, help="the dense checkpoint")
     parser.add_argument("--pruned", type=Path, help="the checkpoint to compress; the dense one if not given")
-    parser.add_argument("--python", type=Path, help="of an environment with GenAI [$COMP_GENAI_PYTHON, or this one]")
     parser.add_argument("--recipe", nargs="*", default=["int8"], help="of the bundles")
     parser.add_argument("--calibration", default=PYDOC, help="text for recipes that round with text")
     parser.add_argument("--text", default=PYDOC)

@@ -86,7 +86,10 @@ def make(args: Any, folder: Path) -> dict[str, Path]:
     tokens = tokenize(tokenizer, read_text(args.calibration)[0])
     paths: dict[str, Path] = {"dense float32": folder / "dense"}
     if not paths["dense float32"].exists():
-        export_onnx(args.model, paths["dense float32"])
+        export_onnx(args.model, paths["dense float32"], exporter="optimum")
+    fused = folder / "dense-fused"
+    if not fused.exists():
+        export_onnx(args.model, fused)
     losses = losses_of_model(load_onnx(paths["dense float32"]))
     start = decide("auto", tokenizer, spread(tokens, 512), losses, "Blocks").tokens
     blocks = choose_blocks(tokens, 32, 512, 0, args.calibration, start)
@@ -105,8 +108,9 @@ def make(args: Any, folder: Path) -> dict[str, Path]:
         if not exported[equalize].exists():
             export_onnx(pruned, exported[equalize])
     sources = {
-        "dense int8": (paths["dense float32"], "int8"),
-        "dense int4": (paths["dense float32"], "int4"),
+        "dense float32, fused": (fused, None),
+        "dense int8": (fused, "int8"),
+        "dense int4": (fused, "int4"),
         "pruned float32": (exported[True], None),
         "pruned int8": (exported[True], "int8"),
         "pruned int8-dynamic": (exported[True], "int8-dynamic"),

@@ -143,7 +143,7 @@ def _evaluate_quantized(sizes: ModelSizes, load: Load) -> int:
 
 
 def _bundle(sizes: ModelSizes, load: Load) -> int:
-    """The quantized graph in 8 bits as it is read, changed, and written in ORT format; a fused graph isn't in it."""
+    """The quantized graph in 8 bits as it is read, changed, and written in ORT format."""
     return round(3.85 * 1.07 * sizes.parameters)
 
 

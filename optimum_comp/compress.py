@@ -14,6 +14,7 @@ from optimum_comp.configuration import CompConfig
 from optimum_comp.distillation.settings import DistilSettings
 from optimum_comp.evaluation import Evaluation, Settings
 from optimum_comp.files import COMPRESSION_SUMMARY, durably
+from optimum_comp.onnx.export import AUTO, told_exporter
 from optimum_comp.onnx.search import Budget
 from optimum_comp.options import parse_bytes
 from optimum_comp.report.table import evaluation_table
@@ -21,7 +22,7 @@ from optimum_comp.stages.base import Stage
 from optimum_comp.stages.bundle import Bundle, BundleSettings
 from optimum_comp.stages.chain import Chain, Cost
 from optimum_comp.stages.distil import Distil
-from optimum_comp.stages.export import Export
+from optimum_comp.stages.export import Export, ExportSettings
 from optimum_comp.stages.prune import Prune, Running
 from optimum_comp.stages.quantize import Quantize, QuantizeSettings
 from optimum_comp.stages.recipe import Recipe
@@ -46,8 +47,9 @@ class Compression:
         costs: what each step took, in order.
         notes: what the user has to know.
         distillation: what distillation's stage tells of itself; empty if there is none.
-        vocabulary: what the vocabulary's stage tells of itself; empty if there is none.
         quantization: what quantization's stage tells of itself; empty if there is none.
+        export: what the export's stage tells of itself; empty if there is none.
+        vocabulary: what the vocabulary's stage tells of itself; empty if there is none.
     """
 
     output: Path
@@ -58,6 +60,7 @@ class Compression:
     notes: list[str] = field(default_factory=list)
     quantization: dict[str, Any] = field(default_factory=dict)
     distillation: dict[str, Any] = field(default_factory=dict)
+    export: dict[str, Any] = field(default_factory=dict)
     vocabulary: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -68,6 +71,7 @@ class Compression:
             "pruning": self.pruning,
             "stages": {name: stage.to_dict() for name, stage in self.stages.items()},
             "distillation": self.distillation,
+            "export": self.export,
             "quantization": self.quantization,
             "bundle": self.bundle,
             "costs": {name: dataclasses.asdict(cost) for name, cost in self.costs.items()},
@@ -93,6 +97,8 @@ class Compression:
             lines.append(
                 f"Vocabulary: {told['tokens_before']:,} -> {told['tokens_after']:,} tokens (by {told['chosen_by']})."
             )
+        if "exporter" in self.export:
+            lines.append(told_exporter(self.export["exporter"], self.export["exporter_reason"]))
         loss = self.quantization_loss
         if loss is not None:
             verdict = "within" if loss <= QUANTIZED_TOLERANCE else "NOT within"
@@ -164,6 +170,7 @@ def run(
         outcome.notes,
         outcome.results.get(Quantize.name, {}),
         outcome.results.get(Distil.name, {}),
+        outcome.results.get(Export.name, {}),
         outcome.results.get(Vocabulary.name, {}),
     )
     for name, text in (
@@ -187,6 +194,7 @@ def compress(
     matmul_dtype: str = "auto",
     recipe: str = "int8",
     target: str = "any",
+    exporter: str = AUTO,
     distil: DistilSettings | None = None,
     vocabulary: VocabularySettings | None = None,
     budget: Budget | None = None,
@@ -209,6 +217,7 @@ def compress(
         matmul_dtype: of the pruning; see `CompPruner.prune`.
         recipe: how to quantize; not used with a budget.
         target: the processor that it is for.
+        exporter: what makes the graph; see `export_onnx`.
         distil: train the pruned model on the dense one's predictions, like this; `None`: not.
         vocabulary: keep only some tokens, like this, before anything else is done; `None`: all.
         budget: search for the mix of precisions that keeps it, relative to the pruned model.
@@ -237,7 +246,7 @@ def compress(
         stages.insert(0, Vocabulary(vocabulary))
     if distil is not None:
         stages.append(Distil(distil))
-    stages += [Export(), Quantize(quantization)]
+    stages += [Export(ExportSettings(exporter=exporter)), Quantize(quantization)]
     if bundle is not None:
         stages.append(Bundle(BundleSettings(ort_format=ort_format)))
     made = Recipe(tuple(stages), settings or Settings(), str(model))

@@ -322,7 +322,7 @@ def perplexity(model: Any, tokens: Tensor, window: int = 512, start: Sequence[in
     """Perplexity over windows that don't overlap.
 
     Args:
-        model: a causal language model of transformers or `ORTModelForCausalLM`.
+        model: a causal language model of transformers, `ORTModelForCausalLM` or `PlainModel`.
         tokens: text, `[n]`, at least one window.
         window: tokens of a window, `start` included; those of the text are predicted, but for the first.
         start: tokens that each window begins with.

@@ -52,10 +52,10 @@ PLACES = {
     # Module, function or Class.method, and which of its calls fails.
     "samples": ("optimum_comp.stages.chain", "save_file", 1),
     "prune": ("optimum_comp.sweep.pruning", "PruningRun.leave", 3),
-    "export": ("optimum_comp.onnx.export", "open_cache", 1),
+    "export": ("optimum_comp.onnx.export", "run_torch", 1),
     "quantize": ("optimum_comp.onnx.quantization", "_check_and_trim", 1),
     "measure": ("optimum_comp.stages.chain", "evaluate_apart", 2),
-    "bundle": ("optimum_comp.bundle", "_write_manifest", 1),
+    "bundle": ("optimum_comp.bundle.assembly", "_write_manifest", 1),
 }
 
 
@@ -83,9 +83,6 @@ def main() -> None:
     from optimum_comp.compress import run
     from optimum_comp.stages.recipe import Recipe
 
-    # Bundles of the graph that is there: another one takes GenAI's builder.
-    for holder in ("optimum_comp.stages.bundle", "optimum_comp.bundle"):
-        importlib.import_module(holder).find_environment = lambda python: None
     job = json.loads(sys.argv[1])
     break_at(job["step"], job["kind"])
     run(Recipe.from_dict(job["recipe"]), job["output"], bundle=job["bundle"])

@@ -26,15 +26,17 @@ class Exported:
         return self.report.output
 
 
-def exporter(factory: pytest.TempPathFactory, make: Callable[[str], Any]) -> Callable[[str], Exported]:
-    """What gives the export of the model that `make` makes of a name, and makes each only once."""
+def exporter(
+    factory: pytest.TempPathFactory, make: Callable[[str], Any], by: str = "optimum"
+) -> Callable[[str], Exported]:
+    """What gives the export, by an exporter, of the model that `make` makes of a name, and makes each only once."""
     made: dict[str, Exported] = {}
 
     def get(name: str) -> Exported:
         if name not in made:
             root, model = factory.mktemp(name), make(name)
             model.save_pretrained(root / "torch")
-            made[name] = Exported(model, root / "torch", export_onnx(root / "torch", root / "onnx"))
+            made[name] = Exported(model, root / "torch", export_onnx(root / "torch", root / "onnx", exporter=by))
         return made[name]
 
     return get

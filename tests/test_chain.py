@@ -45,13 +45,6 @@ def made(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def _without_genai(monkeypatch):
-    """Bundles of the graph that is there: another one takes GenAI's builder, which isn't what is tested here."""
-    monkeypatch.setattr("optimum_comp.stages.bundle.find_environment", lambda python: None)
-    monkeypatch.setattr("optimum_comp.bundle.find_environment", lambda python: None)
-
-
 def recipe_of(made: Path, *, measure: dict | bool = False, quantize: dict | None = None, **prune) -> dict:
     small = {"num_samples": 8, "sequence_length": 32, "round_to": 8, "calibration": str(made / "text.txt")}
     return {
@@ -76,16 +69,13 @@ def weights(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def undisturbed(made, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed") / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("optimum_comp.stages.bundle.find_environment", lambda python: None)
-        patch.setattr("optimum_comp.bundle.find_environment", lambda python: None)
-        run_recipe(Recipe.from_dict(recipe_of(made)), folder)
+    run_recipe(Recipe.from_dict(recipe_of(made)), folder)
     return folder
 
 
 def broken_run(data: dict, output: Path, step: str, kind: str) -> subprocess.CompletedProcess[str]:
     job = json.dumps({"recipe": data, "output": str(output), "bundle": None, "step": step, "kind": kind})
-    environment = {**os.environ, "TQDM_DISABLE": "1", "COMP_GENAI_PYTHON": ""}
+    environment = {**os.environ, "TQDM_DISABLE": "1"}
     return subprocess.run(
         [sys.executable, Path(__file__).with_name("breaking.py"), job],
         capture_output=True,
@@ -197,10 +187,7 @@ def real_recipe(model: Path) -> dict:
 @pytest.fixture(scope="module")
 def real_undisturbed(real_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("real") / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("optimum_comp.stages.bundle.find_environment", lambda python: None)
-        patch.setattr("optimum_comp.bundle.find_environment", lambda python: None)
-        run_recipe(Recipe.from_dict(real_recipe(real_model)), folder)
+    run_recipe(Recipe.from_dict(real_recipe(real_model)), folder)
     return folder
 
 

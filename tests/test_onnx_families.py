@@ -92,9 +92,33 @@ MISTAKEN = [
 PROMPTS = torch.randint(3, 128, (2, 11), generator=torch.Generator().manual_seed(1))
 
 
+# What GenAI's builder (0.15) makes a graph of that computes what PyTorch does.
+BUILT = [
+    "llama",
+    "llama-wide",
+    "mistral",
+    "mistral-wide",
+    "qwen2",
+    "qwen3-wide",
+    "gemma-wide",
+    "gemma2-wide",
+    "gemma3-wide",
+    "phi3",
+    "phi3-wide",
+    "smollm3",
+    "granite",
+    "granite-wide",
+]
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     return exporter(tmp_path_factory, lambda name: uneven_model(*FAMILIES[name]))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    return exporter(tmp_path_factory, lambda name: uneven_model(*FAMILIES[name]), by="genai")
 
 
 @torch.no_grad()
@@ -120,10 +144,14 @@ def padded() -> torch.Tensor:
     return mask
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_family_runs_as_a_user_opens_it(name, exported, tmp_path):
-    made = exported(name)
+@pytest.mark.parametrize(
+    ("by", "name"), [*(("exported", name) for name in FAMILIES), *(("built", name) for name in BUILT)]
+)
+def test_a_family_runs_as_a_user_opens_it(by, name, request, tmp_path, caplog):
+    made = request.getfixturevalue(by)(name)
     model, folder, report = made.model, made.folder, made.report
+    operators = {node.op_type for node in onnx.load(folder / "model.onnx").graph.node}
+    assert ("GroupQueryAttention" in operators) == (by == "built")
     assert 0 < report.max_difference_prefill < 1e-5
     assert 0 < report.max_difference_cached < 1e-5
     assert 0 < report.max_difference_generated < 1e-5
@@ -175,7 +203,7 @@ def test_export_checks_in_the_class_that_users_open(tmp_path, monkeypatch):
     AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **IDS)).save_pretrained(tmp_path / "torch")
     monkeypatch.setattr(export, "open_cache", lambda folder: 0)
     with pytest.raises(RuntimeError, match=r"doesn't run in ORTModelForCausalLM.*invalid dimensions"):
-        export_onnx(tmp_path / "torch", tmp_path / "onnx")
+        export_onnx(tmp_path / "torch", tmp_path / "onnx", exporter="optimum")
     assert not (tmp_path / "onnx").exists()
 
 
@@ -194,7 +222,7 @@ def test_4_bits_and_a_bundle_of_wide_heads(exported, tmp_path):
     folder = exported("llama-wide").folder
     text = torch.randint(3, 128, (4, 32), generator=torch.Generator().manual_seed(2))
     quantize_onnx(folder, tmp_path / "int4", recipe="int4", tokens=text)
-    write_bundle(tmp_path / "int4", tmp_path / "bundle", target="arm64", genai=False)
+    write_bundle(tmp_path / "int4", tmp_path / "bundle", target="arm64")
     decoder = json.loads((tmp_path / "bundle" / "genai_config.json").read_text())["model"]["decoder"]
     assert (decoder["num_key_value_heads"], decoder["head_size"]) == (2, 32)
     found, expected = (generate(ORTModelForCausalLM.from_pretrained(tmp_path / each)) for each in ("bundle", "int4"))

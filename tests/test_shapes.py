@@ -75,7 +75,7 @@ def test_zero_and_two_unknown_dimensions_are_left_alone():
 @pytest.mark.parametrize("name", TINY_CONFIGS)
 def test_a_folded_graph_computes_the_same(name, tmp_path):
     tiny_model(name).save_pretrained(tmp_path / "torch")
-    path = export_onnx(tmp_path / "torch", tmp_path / "onnx").output / "model.onnx"
+    path = export_onnx(tmp_path / "torch", tmp_path / "onnx", exporter="optimum").output / "model.onnx"
     model = onnx.load(path)
     before = [node.op_type for node in model.graph.node if node.op_type != "Constant"]
     shapes = infer_shapes(model)
@@ -96,7 +96,7 @@ def test_a_folded_graph_computes_the_same(name, tmp_path):
 def test_shared_keys_and_values_are_not_repeated(name, tmp_path):
     model = tiny_model(name)
     model.save_pretrained(tmp_path / "torch")
-    path = export_onnx(tmp_path / "torch", tmp_path / "onnx").output / "model.onnx"
+    path = export_onnx(tmp_path / "torch", tmp_path / "onnx", exporter="optimum").output / "model.onnx"
     graph = onnx.load(path)
     shapes = infer_shapes(graph)
     # Shapes that are worked out read the repeated keys, too.
@@ -128,7 +128,7 @@ def test_shapes_that_cannot_be_told_are_left_and_nothing_is_written(tmp_path, mo
 
 def test_heads_that_something_else_reads_stay_repeated(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path / "torch")
-    graph = onnx.load(export_onnx(tmp_path / "torch", tmp_path / "onnx").output / "model.onnx")
+    graph = onnx.load(export_onnx(tmp_path / "torch", tmp_path / "onnx", exporter="optimum").output / "model.onnx")
     shapes = infer_shapes(graph)
     fold_shapes(graph, shapes)
     repeated = next(node for node in graph.graph.node if node.op_type == "Expand" and "layers.0/" in node.name)

@@ -10,6 +10,7 @@ from typing import Any
 from optimum_comp.configuration import DEFAULTS, FIELDS, CompConfig
 from optimum_comp.evaluation import Settings
 from optimum_comp.options import Boolean, Option, Texts, defaults_of, options_of
+from optimum_comp.stages.export import Export, ExportSettings
 from optimum_comp.stages.prune import Prune, Running
 from optimum_comp.stages.quantize import QuantizeSettings
 from optimum_comp.stages.recipe import LOADING
@@ -111,6 +112,12 @@ def pruning_settings(args: Any) -> dict[str, Any]:
 def is_configured(args: Any) -> bool:
     """Whether any option that makes up the `CompConfig` is given."""
     return args.config is not None or bool(given_options(args, (*FIELDS, "preset")))
+
+
+def add_export_arguments(parser: ArgumentParser) -> None:
+    """What makes the graph; with which tolerance it is kept is for recipes to say."""
+    group = parser.add_argument_group("export")
+    add_options(group, Export.options(), defaults_of(ExportSettings), without={"tolerance"})
 
 
 def add_quantization_arguments(parser: ArgumentParser) -> None:

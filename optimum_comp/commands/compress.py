@@ -60,6 +60,7 @@ class CompressCommand(CompSubcommand):
         )
         defaults = {"teacher": None, **defaults_of(DistilSettings)}
         arguments.add_options(group, Distil.options(), defaults, without={"teacher"}, prefix="distil_")
+        arguments.add_export_arguments(parser)
         group = parser.add_argument_group("quantization")
         group.add_argument("--weights", choices=("int8", "int4"), help="Bits of the weights [int8].")
         quantizing, defaults = options_of(QuantizeSettings), defaults_of(QuantizeSettings)
@@ -113,6 +114,7 @@ class CompressCommand(CompSubcommand):
         from optimum_comp.files import RECIPE
         from optimum_comp.options import options_of
         from optimum_comp.stages.distil import Distil
+        from optimum_comp.stages.export import Export
         from optimum_comp.stages.quantize import QuantizeSettings, SampleSettings
         from optimum_comp.stages.recipe import Recipe, find
         from optimum_comp.stages.vocabulary import Vocabulary
@@ -136,7 +138,8 @@ class CompressCommand(CompSubcommand):
         if recipe.stage("prune") is None:
             # Then quantization makes its own samples.
             quantize |= {name: prune.pop(name) for name in options_of(SampleSettings) if name in prune}
-        stages: dict[str, dict[str, Any]] = {"prune": prune, "quantize": quantize}
+        export = given_options(args, Export.options())
+        stages: dict[str, dict[str, Any]] = {"prune": prune, "export": export, "quantize": quantize}
         for stage, settings in stages.items():
             if settings and recipe.stage(stage) is None:
                 raise ValueError(

@@ -18,11 +18,12 @@ class QuantizeCommand(CompSubcommand):
 
     def declare(self, parser: ArgumentParser) -> None:
         """See `CompSubcommand`."""
-        from optimum_comp.commands.arguments import add_options, add_quantization_arguments
+        from optimum_comp.commands.arguments import add_export_arguments, add_options, add_quantization_arguments
         from optimum_comp.options import defaults_of, options_of
         from optimum_comp.stages.quantize import SampleSettings
 
         parser.add_argument("-m", "--model", required=True, type=Path, help="PyTorch or ONNX folder.")
+        add_export_arguments(parser)
         add_quantization_arguments(parser)
         text = parser.add_argument_group("calibration, for int4 and for a budget")
         add_options(text, options_of(SampleSettings), defaults_of(SampleSettings))
@@ -43,6 +44,7 @@ class QuantizeCommand(CompSubcommand):
             args.output,
             settings=QuantizeSettings(**quantization_settings(args)),
             samples=SampleSettings(**given_options(args, options_of(SampleSettings))),
+            exporter=args.exporter,
             overwrite=args.overwrite,
         )
         data = {**dataclasses.asdict(report), "output": str(args.output)}

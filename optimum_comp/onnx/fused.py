@@ -1,372 +1,458 @@
-"""A decoder's graph with attention as one operator, as GenAI's model builder makes it.
+"""A decoder's graph with attention as one operator, as ONNX Runtime GenAI's model builder makes it.
 
-Either with the exported graph's own quantized weights (`fuse`), or with the builder's rounding (`build_genai`).
+What the builder leaves to GenAI's own code is put into the graph, so that `ORTModelForCausalLM`, plain ONNX Runtime
+and GenAI run one and the same: padding, an empty cache of any shape, windows, a tied embedding that is stored once.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import io
 import json
 import re
-import shutil
+import sys
 import tempfile
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from optimum_comp.files import atomic_folder, check_folder
-from optimum_comp.onnx.export import check_checkpoint
-from optimum_comp.onnx.folders import MODEL_NAME, copy_companions, graph_bytes
-from optimum_comp.onnx.genai import (
-    CONFIG_NAME,
-    GenaiEnvironment,
-    cache_shape,
-    mend_tokenizer,
-    require_environment,
-    run_builder,
-    write_config,
-)
-from optimum_comp.onnx.graph import matrices, save_with_data
-from optimum_comp.onnx.parity import require_same, run_graph
-from optimum_comp.onnx.runtime import CachedDecoder
+from optimum_comp.onnx.cache import HEADS, PAST, PRESENT, WIDTH
+from optimum_comp.onnx.folders import MODEL_NAME
+from optimum_comp.onnx.graph import ATTENTION, dense_nodes, matrices, needs_external_data
+from optimum_comp.onnx.runtime import is_transformers_5, open_session
+from optimum_comp.onnx.shapes import constants, remove_unused
 
 
-BLOCK_SIZES = {8: 64, 4: 32}
-"""Bits of the builder's weights -> weights that share a scale, unless asked for otherwise."""
+_TABLE = "model.embed_tokens.weight"
+_MASKED = 1e9
+"""Taken from the score of a token that is not to be seen: finite, since a row of padding sees nothing else."""
 
-_NOT_SHARED = {"shared_embeddings": "false"}
-"""At 8 bits, the builder's own way to store a tied embedding once makes a graph that doesn't load (0.15)."""
+_SAME = 2e-6
+"""Of a cosine: what two ways to work it out may differ by."""
 
-_EMBEDDING = "model.embed_tokens.weight"
+_OPTIONS = {
+    # Separate queries, keys and values: as fast, and recipes tell them from other layers by name.
+    "disable_qkv_fusion": "true",
+    # A cache of whole length for layers with a window too: one that is as short needs GenAI to turn it.
+    "windowed_kv_cache": "false",
+}
 
+BUILT = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+"""What makes queries, keys and values in a graph of `build_fused`, whatever the family's modules are."""
 
-@dataclass(frozen=True)
-class GenaiReport:
-    """What the builder made.
-
-    Attributes:
-        output: the folder; GenAI and `ORTModelForCausalLM` open it.
-        bits: of the weights.
-        size_bytes: of the graph and its weights.
-        seconds: it took.
-        notes: what a user has to know.
-        versions: of the environment.
-    """
-
-    output: Path
-    bits: int
-    size_bytes: int
-    seconds: float
-    notes: tuple[str, ...]
-    versions: Mapping[str, str]
+# Places of `GroupQueryAttention`'s inputs.
+_KEY_PAST, _VALUE_PAST, _LENGTHS, _COSINES, _SINES, _BIAS = 3, 4, 5, 7, 8, 10
 
 
-def build_genai(
-    checkpoint: str | Path,
-    output: str | Path,
-    *,
-    bits: int,
-    python: str | Path | None = None,
-    block_size: int | None = None,
-    overwrite: bool = False,
-) -> GenaiReport:
-    """Build a decoder with fused attention from a float checkpoint, with GenAI's own rounding of the weights, or none.
+def genai_version() -> str | None:
+    """The version of ONNX Runtime GenAI that is installed; `None` if there is none."""
+    if importlib.util.find_spec("onnxruntime_genai") is None:
+        return None
+    providers = importlib.metadata.packages_distributions().get("onnxruntime_genai", ["onnxruntime-genai"])
+    return importlib.metadata.version(providers[0])
 
-    The builder runs offline in a process of its own. What it leaves in float although it is in the file at 8 bits
-    already, the embedding that is tied to the head, reads the head's weights.
 
-    Args:
-        checkpoint: a safetensors checkpoint of an architecture that the builder knows.
-        output: the folder to make.
-        bits: of the weights: 8, 4, or 32 for float.
-        python: interpreter of the builder's environment; see `find_environment`.
-        block_size: weights that share a scale; 64 of 8 bits and 32 of 4 if not given.
-        overwrite: replace a model that is in `output`.
+def require_genai() -> str:
+    """The version of ONNX Runtime GenAI, which there has to be.
 
     Raises:
-        FileExistsError: the output exists and isn't to be, or may not be, overwritten.
-        ImportError: there is no environment to build in; says how to make one.
-        RuntimeError: the builder failed; with its last lines.
-        ValueError: `checkpoint` isn't a checkpoint, or other bits or blocks than those possible.
+        ImportError: it isn't installed, or is another than fits transformers; says how to install it.
     """
-    started = time.perf_counter()
-    if bits not in (*BLOCK_SIZES, 32):
-        raise ValueError(f"bits={bits!r} is not valid: it must be 8, 4 or 32.")
-    options: dict[str, str | int] = {}
-    if bits == 8:
-        options |= _NOT_SHARED
-    if bits in BLOCK_SIZES:
-        options["block_size"] = BLOCK_SIZES[bits] if block_size is None else block_size
-        if options["block_size"] not in (16, 32, 64, 128, 256):
-            raise ValueError(f"block_size={block_size!r} is not valid: it must be 16, 32, 64, 128 or 256.")
-    precision = f"int{bits}" if options else "fp32"
-    source = Path(checkpoint)
-    check_checkpoint(source)
-    check_folder(output, overwrite=overwrite, sources=[source])
-    environment = require_environment(python)
-    with atomic_folder(output, overwrite=overwrite, sources=[source]) as folder:
-        run_builder(source, folder, environment, precision, **options)
-        _finish_built(folder, source)
-        # The builder saves what transformers 5 has read, under names that version 4 refuses.
-        for written in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-            (folder / written).unlink(missing_ok=True)
-        copy_companions(source, folder)
-        shutil.copyfile(source / "config.json", folder / "config.json")
-        built = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-        write_config(folder, MODEL_NAME, built=built)
-        notes = mend_tokenizer(folder)
-        size = graph_bytes(folder)
-    seconds = time.perf_counter() - started
-    return GenaiReport(Path(output), bits, size, seconds, tuple(notes), environment.versions)
+    import transformers
+
+    version, is_new = genai_version(), is_transformers_5()
+    wanted = "onnxruntime-genai>=0.16" if is_new else "onnxruntime-genai>=0.12,<0.16"
+    if version is None:
+        raise ImportError(f"this needs ONNX Runtime GenAI, which isn't installed: pip install '{wanted}' onnx-ir")
+    if (tuple(int(part) for part in version.split(".")[:2]) >= (0, 16)) != is_new:
+        raise ImportError(
+            f"the model builder of onnxruntime-genai {version} doesn't run with transformers "
+            f"{transformers.__version__}: pip install '{wanted}'"
+        )
+    return version
 
 
-def _finish_built(folder: Path, checkpoint: Path) -> None:
-    """Mend what the builder leaves undone.
+def build_fused(checkpoint: Path, folder: Path) -> None:
+    """Write a float32 graph with attention as one operator.
 
-    The look-up of a tied embedding, which it leaves in float at 8 bits, reads the head's weights.
+    Args:
+        checkpoint: of a family that the builder knows.
+        folder: gets `model.onnx`, and beside it the weights of a model that is too large for one file.
+
+    Raises:
+        ImportError: ONNX Runtime GenAI isn't installed.
+        RuntimeError: the builder failed, or its graph isn't one that can be rewritten; says why.
     """
     import onnx
-    import onnx_ir
+
+    require_genai()
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        built = Path(scratch) / "built"
+        run_builder(checkpoint, built, "fp32", **_OPTIONS)
+        model = onnx.load(built / MODEL_NAME)
+        settings = json.loads((built / "genai_config.json").read_text(encoding="utf-8"))
+    rewrite(model, _config_of(checkpoint), int(settings["model"]["decoder"]["head_size"]))
+    large = needs_external_data(model.graph)
+    onnx.save(model, folder / MODEL_NAME, save_as_external_data=large, location=f"{MODEL_NAME}_data")
+
+
+def run_builder(checkpoint: Path, folder: Path, precision: str, **options: str) -> None:
+    """Run GenAI's model builder for the CPU.
+
+    Args:
+        checkpoint: a folder that transformers opens.
+        folder: gets `model.onnx`, `model.onnx.data` and `genai_config.json`.
+        precision: `fp32`, `int8` or `int4`.
+        options: the builder's `--extra_options`.
+
+    Raises:
+        RuntimeError: it failed; with its error.
+    """
+    # It tells what it does on its standard output, and draws a bar on the other.
+    talk = io.StringIO()
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        contextlib.redirect_stdout(talk),
+        contextlib.redirect_stderr(talk),
+    ):
+        try:
+            with _builder() as builder:
+                arguments = {
+                    "model_name": None,
+                    "input_path": str(checkpoint.resolve()),
+                    "output_dir": str(folder.resolve()),
+                    "precision": precision,
+                    "execution_provider": "cpu",
+                    "cache_dir": cache,
+                }
+                builder.create_model(**arguments, **_parse(builder, arguments, options))
+        except MemoryError:
+            raise
+        # What it raises of a model that it doesn't know, or half knows, is of no narrower class.
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                raise
+            told = " ".join(str(error).split()) or "it doesn't say why"
+            raise RuntimeError(
+                f"GenAI's model builder failed on {checkpoint}: {type(error).__name__}: {told}"
+            ) from error
+
+
+def _parse(builder: Any, arguments: Mapping[str, Any], options: Mapping[str, str]) -> dict[str, Any]:
+    """Options as the builder has them; what it wants to know for that differs between its versions."""
+    written = [f"{name}={value}" for name, value in options.items()]
+    known = {**arguments, "extra_options": written, "kv_items": written}
+    wanted = inspect.signature(builder.parse_extra_options).parameters
+    return dict(builder.parse_extra_options(**{name: known[name] for name in wanted if name in known}))
+
+
+@contextlib.contextmanager
+def _builder() -> Iterator[Any]:
+    """The module of the builder, which for as long writes no tokenizer; the checkpoint's own is copied instead."""
+    models = importlib.util.find_spec("onnxruntime_genai.models")
+    # It imports what lies beside it by its bare name.
+    beside = [] if models is None else list(models.submodule_search_locations or ())
+    sys.path[:0] = beside
+    try:
+        builder = importlib.import_module("onnxruntime_genai.models.builder")
+    finally:
+        del sys.path[: len(beside)]
+    original, builder.Model.save_processing = builder.Model.save_processing, lambda *_: None
+    try:
+        yield builder
+    finally:
+        builder.Model.save_processing = original
+
+
+def _config_of(checkpoint: Path) -> Any:
     from transformers import AutoConfig
 
-    from optimum_comp.onnx.blocks import share_with_embedding
-
-    config = AutoConfig.from_pretrained(checkpoint)
-    model = onnx.load(folder / MODEL_NAME)
-    _set_window(model.graph, config)
-    heads = [node.op_type for node in model.graph.node if "logits" in node.output]
-    if config.tie_word_embeddings and heads == ["MatMulNBits"] and _EMBEDDING in _names(model.graph.initializer):
-        share_with_embedding(model.graph, _EMBEDDING, "logits")
-    save_with_data(onnx_ir.from_proto(model), folder / MODEL_NAME)
+    return AutoConfig.from_pretrained(checkpoint)
 
 
-def _set_window(graph: Any, config: Any) -> None:
-    """Give layers that look back no further than a window that window.
+def rewrite(model: Any, config: Any, head_size: int) -> None:
+    """Make the builder's graph one that every runtime runs, in place.
 
-    The builder does so for some families only, and not in each of its versions.
+    Args:
+        model: as the builder has made it, in float32.
+        config: the checkpoint's.
+        head_size: width of a head.
+
+    Raises:
+        RuntimeError: it has no attention of the kind that can be rewritten.
+    """
+    graph = model.graph
+    attention = {}
+    for node in graph.node:
+        layer = re.search(r"/layers\.(\d+)/", node.name)
+        if node.op_type == ATTENTION and layer is not None:
+            attention[int(layer[1])] = node
+    if sorted(attention) != list(range(config.num_hidden_layers)):
+        raise RuntimeError(f"GenAI's model builder makes no {ATTENTION} for each layer of this model.")
+    _name_as_modules(graph)
+    _store_table_once(graph)
+    _scale_exactly(graph, config)
+    _look_back(attention, config)
+    first = _see_no_padding(graph, attention.values())
+    first += _take_any_empty_past(graph, attention.values(), head_size)
+    first += _work_out_angles(graph)
+    rest = list(graph.node)
+    del graph.node[:]
+    graph.node.extend([*first, *rest])
+    remove_unused(graph)
+    _take_positions(graph)
+    # The quantizers go by what the builder notes of types; of what is gone, it would be in the way.
+    made = {name for node in graph.node for name in node.output}
+    noted = [value for value in graph.value_info if value.name in made]
+    del graph.value_info[:]
+    graph.value_info.extend(noted)
+
+
+def _name_as_modules(graph: Any) -> None:
+    """Name the nodes of attention as the model's modules are named, which recipes go by."""
+    for node in graph.node:
+        node.name = node.name.replace("/attn/", "/self_attn/")
+
+
+def _store_table_once(graph: Any) -> None:
+    """Have a tied head multiply by the transposed embedding, as Optimum's export does, which the recipes know.
+
+    The builder looks tokens up in the transposed head, which a runtime that works out constants holds twice; or it
+    stores both.
+    """
+    import numpy as np
+    from onnx import helper, numpy_helper
+
+    constant = matrices(graph)
+    head = next(node for node in dense_nodes(graph) if node.is_head)
+    lookup = _lookup(graph)
+    turns = [node for node in graph.node if node.op_type == "Transpose" and lookup.input[0] in node.output]
+    table = numpy_helper.to_array(constant[head.weight]).T
+    if turns and turns[0].input[0] != head.weight:
+        return
+    if not turns and not np.array_equal(numpy_helper.to_array(constant[lookup.input[0]]), table):
+        return
+    turned = f"{_TABLE}_transposed"
+    for name in {head.weight, lookup.input[0]} & constant.keys():
+        graph.initializer.remove(constant[name])
+    for node in turns:
+        graph.node.remove(node)
+    _give(graph, {_TABLE: np.ascontiguousarray(table)})
+    lookup.input[0] = _TABLE
+    for node in graph.node:
+        node.input[:] = [turned if name == head.weight else name for name in node.input]
+    graph.node.insert(0, helper.make_node("Transpose", [_TABLE], [turned], "/lm_head/Transpose", perm=[1, 0]))
+
+
+def _lookup(graph: Any) -> Any:
+    """The node that looks the tokens up."""
+    return next(node for node in graph.node if node.op_type == "Gather" and node.input[1] == "input_ids")
+
+
+def _look_back(attention: Mapping[int, Any], config: Any) -> None:
+    """Give each layer its window, and the angles that go with it.
+
+    The builder goes by the family's usual order of layers, and for some families leaves windows out.
     """
     window = getattr(config, "sliding_window", None)
     if not window or not getattr(config, "use_sliding_window", True):
         return
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
-    for node in graph.node:
-        layer = re.search(r"/layers\.(\d+)/", node.name)
-        if node.op_type != "GroupQueryAttention" or layer is None:
-            continue
+    for layer, node in attention.items():
+        is_local = kinds[layer] == "sliding_attention"
         for attribute in node.attribute:
             if attribute.name == "local_window_size":
-                attribute.i = window if kinds[int(layer[1])] == "sliding_attention" else -1
+                attribute.i = window if is_local else -1
+        for place in (_COSINES, _SINES):
+            name = re.sub("_(local|global)$", "", node.input[place])
+            if name != node.input[place]:
+                node.input[place] = f"{name}_{'local' if is_local else 'global'}"
 
 
-def fuse(exported: Path, checkpoint: Path, environment: GenaiEnvironment, target: Path) -> dict[str, Any]:
-    """Write a graph with fused attention that has the exported graph's quantized weights.
+def _scale_exactly(graph: Any, config: Any) -> None:
+    """Scale what is looked up by the root of its width (Gemma), which the builder rounds to two decimals."""
+    import numpy as np
+    from onnx import numpy_helper
 
-    GenAI's builder makes the graph from the float checkpoint; each of its products, and the look-up of the embedding,
-    are then given the weights of the exported graph. Weights that this one has in a file of their own stay there: both
-    graphs read that file.
-
-    Args:
-        exported: a quantized graph that `can_be_fused`.
-        checkpoint: the float checkpoint that it was exported from.
-        environment: where the builder is.
-        target: the file to write, beside `exported`.
-
-    Returns:
-        The builder's `genai_config.json`.
-
-    Raises:
-        RuntimeError: the builder failed, or its graph isn't made of the same products, or computes something else.
-        ValueError: it can't be fused.
-    """
-    import onnx
-    from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
-    from transformers import AutoConfig
-
-    source = onnx.load(exported, load_external_data=False)
-    if not can_be_fused(source.graph):
-        raise ValueError(f"{exported} has weights that aren't stored in blocks, which a fused graph can't take.")
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        folder = Path(scratch)
-        # Separate q, k and v: as fast, and each has its counterpart. The rounded weights are not used.
-        options: dict[str, str | int] = {"block_size": 64, "disable_qkv_fusion": "true", **_NOT_SHARED}
-        run_builder(checkpoint, folder, environment, "int8", **options)
-        built = onnx.load(folder / MODEL_NAME, load_external_data=False)
-        _set_window(built.graph, AutoConfig.from_pretrained(checkpoint))
-        given = _give_weights(source.graph, built.graph)
-        for tensor in built.graph.initializer:
-            if tensor.name not in given and uses_external_data(tensor):
-                load_external_data_for_tensor(tensor, str(folder))
-                tensor.data_location = onnx.TensorProto.DEFAULT
-                del tensor.external_data[:]
-        settings: dict[str, Any] = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    onnx.save(built, target)
-    _compare(exported, target, cache_shape(source.graph)[:2])
-    return settings
+    exact = np.sqrt(config.hidden_size)
+    readers = {name: node for node in graph.node for name in node.input}
+    scaled = readers.get(_lookup(graph).output[0])
+    if scaled is None or scaled.op_type != "Mul":
+        return
+    for name, value in constants(graph).items():
+        if name in scaled.input and value.size == 1 and value == np.round(exact, 2).astype(value.dtype):
+            graph.initializer.append(numpy_helper.from_array(exact.astype(value.dtype), "comp_embedding_scale"))
+            scaled.input[:] = ["comp_embedding_scale" if each == name else each for each in scaled.input]
 
 
-def can_be_fused(graph: Any) -> bool:
-    """Whether a quantized graph's dense layers are of a kind that a fused graph can take: in blocks, or in float."""
-    kinds = {node.op_type for node in graph.node}
-    heads = {node.op_type for node in graph.node if "logits" in node.output}
-    return heads == {"MatMulNBits"} and "MatMulInteger" not in kinds
+def _see_no_padding(graph: Any, attention: Iterable[Any]) -> list[Any]:
+    """Have attention leave out what the mask does, on whichever side it is.
 
-
-def _give_weights(source: Any, built: Any) -> set[str]:
-    """Replace the weights of the builder's products and of its look-up by the source's, in place.
+    The operator takes a row for as long as its number of tokens, counted from the start. Here every row is as long as
+    the mask, a token's angle is that of its place in it (of two tokens, only how far they are apart matters), and the
+    mask lowers the scores.
 
     Returns:
-        Names of the source's tensors that are in the builder's graph now.
-
-    Raises:
-        RuntimeError: a product has no counterpart of its size.
+        Nodes to put in front of the graph.
     """
-    ours, theirs = _products(source), _products(built)
-    sizes = [
-        {place: _size(graph, node) for place, node in found.items()}
-        for graph, found in ((source, ours), (built, theirs))
-    ]
-    differing = [place for place in sorted({*ours, *theirs}) if sizes[0].get(place) != sizes[1].get(place)]
-    if differing:
-        raise RuntimeError(
-            "GenAI's builder makes other products of this model than Optimum's export; the first that differs: "
-            f"{differing[0]}."
-        )
-    needed = set()
-    for place, node in theirs.items():
-        mine = ours[place]
-        node.op_type, node.domain = mine.op_type, mine.domain
-        del node.input[1:], node.attribute[:]
-        node.input.extend(mine.input[1:])
-        node.attribute.extend(mine.attribute)
-        needed |= set(mine.input[1:])
-    nodes, result = _lookup(source)
-    renamed = []
-    for node in built.node:
-        if node.op_type != "Gather" or node.input[0] != _EMBEDDING:
-            renamed.append(node)
-            continue
-        for part in nodes:
-            copied = type(part)()
-            copied.CopyFrom(part)
-            copied.output[:] = [node.output[0] if name == result else name for name in part.output]
-            renamed.append(copied)
-            needed |= set(part.input)
-    del built.node[:]
-    built.node.extend(renamed)
-    used = {name for node in built.node for name in node.input}
-    kept = [tensor for tensor in built.initializer if tensor.name in used and tensor.name not in needed]
-    given = [tensor for tensor in source.initializer if tensor.name in needed]
-    del built.initializer[:]
-    built.initializer.extend([*kept, *given])
-    # What the builder notes of shapes is of tensors that may be gone.
-    del built.value_info[:]
-    return _names(given)
+    import numpy as np
+    from onnx import TensorProto, helper
 
-
-def _place(node: Any) -> str:
-    """A product's place in the model, the same in both graphs: `layers.0/attn/q_proj`."""
-    name = re.sub(r"(/MatMul)?(_Q\d+)?$", "", node.name).removeprefix("/model/").removeprefix("/")
-    return name.replace("/self_attn/", "/attn/")
-
-
-def _products(graph: Any) -> dict[str, Any]:
-    """Place -> multiplication by a weight, in blocks or in float."""
-    weights = matrices(graph)
-    return {
-        _place(node): node
-        for node in graph.node
-        if node.op_type == "MatMulNBits" or (node.op_type == "MatMul" and node.input[1] in weights)
+    given = {
+        "comp_one": np.array([1], np.int64),
+        "comp_heads_and_length": np.array([1, 2], np.int64),
+        "comp_one_float": np.array(1, np.float32),
+        "comp_masked": np.array(_MASKED, np.float32),
     }
+    _give(graph, given)
+    node = helper.make_node
+    for each in attention:
+        each.input.extend([""] * (_BIAS + 1 - len(each.input)))
+        each.input[_LENGTHS], each.input[_BIAS] = "comp_last_of_rows", "comp_bias"
+    return [
+        # Of each row, the place of its last token.
+        node("Shape", ["attention_mask"], ["comp_rows"], "comp/Rows", start=0, end=1),
+        node("Shape", ["attention_mask"], ["comp_total"], "comp/Total", start=1, end=2),
+        node("Sub", ["comp_total", "comp_one"], ["comp_last"], "comp/Last"),
+        node("Cast", ["comp_last"], ["comp_last_int"], "comp/LastInt", to=TensorProto.INT32),
+        node("Expand", ["comp_last_int", "comp_rows"], ["comp_last_of_rows"], "comp/LastOfRows"),
+        # [rows, 1, length, total]: 0, and far below it where the mask is 0.
+        node("Cast", ["attention_mask"], ["comp_mask"], "comp/Mask", to=TensorProto.FLOAT),
+        node("Sub", ["comp_mask", "comp_one_float"], ["comp_missing"], "comp/Missing"),
+        node("Mul", ["comp_missing", "comp_masked"], ["comp_lowered"], "comp/Lowered"),
+        node("Unsqueeze", ["comp_lowered", "comp_heads_and_length"], ["comp_lowered_4d"], "comp/Lowered4D"),
+        node("Shape", ["input_ids"], ["comp_length"], "comp/Length", start=1, end=2),
+        node("Concat", ["comp_length", "comp_one"], ["comp_square"], "comp/Square", axis=0),
+        node("Expand", ["comp_lowered_4d", "comp_square"], ["comp_bias"], "comp/Bias"),
+    ]
 
 
-def _size(graph: Any, node: Any) -> tuple[int, int]:
-    if node.op_type == "MatMul":
-        rows, columns = matrices(graph)[node.input[1]].dims
-        return rows, columns
-    found = {attribute.name: attribute.i for attribute in node.attribute}
-    return found["K"], found["N"]
+def _take_any_empty_past(graph: Any, attention: Iterable[Any], head_size: int) -> list[Any]:
+    """Have attention take an empty past of any heads and width, as an exported graph does (see `onnx.cache`).
 
+    The operator looks at the shape. What stands before it moves nothing: a cache that is there stays where it is, and
+    GenAI's is written into in place.
 
-def _lookup(graph: Any) -> tuple[list[Any], str]:
-    """The nodes that make the embedding of the tokens, in order, and the name of what they make."""
-    users = [node for node in graph.node if "input_ids" in node.input]
-    lookups = [node for node in users if node.op_type in ("Gather", "GatherBlockQuantized")]
-    tables = _names(graph.initializer)
-    (lookup,) = (node for node in lookups if node.input[0] in tables)
-    result, following = lookup.output[0], {"Reshape", "DequantizeLinear"}
-    while True:
-        readers = [node for node in graph.node if result in node.input]
-        if len(readers) != 1 or readers[0].op_type not in following:
-            break
-        result = readers[0].output[0]
-    needed, nodes = {result}, []
-    for node in reversed(graph.node):
-        if needed & set(node.output):
-            nodes.append(node)
-            needed |= set(node.input)
-    return nodes[::-1], result
-
-
-def _names(values: Any) -> set[str]:
-    return {value.name for value in values}
-
-
-def greedy_tokens(exported: Path, graph: Path, prompt: Sequence[int], new_tokens: int) -> list[int]:
-    """The tokens that ONNX Runtime generates with a graph, whatever they are.
-
-    Args:
-        exported: Optimum's graph of the model, which says how large the cache is.
-        graph: the graph to run.
-        prompt: token ids.
-        new_tokens: how many to generate.
+    Returns:
+        Nodes to put in front of the graph.
     """
-    import onnx
+    import numpy as np
+    from onnx import helper
 
-    heads, width, _ = cache_shape(onnx.load(exported, load_external_data=False).graph)
-    decoder = CachedDecoder(graph, (heads, width))
-    found: list[int] = []
-    step = list(prompt)
-    for _ in range(new_tokens):
-        step = [int(decoder.logits(step)[-1].argmax())]
-        found += step
+    values = {value.name: value.type.tensor_type.shape.dim for value in [*graph.input, *graph.output]}
+    targets, nodes = {}, []
+    for each in attention:
+        heads = next(attribute.i for attribute in each.attribute if attribute.name == "kv_num_heads")
+        target = f"comp_past_of_{heads}"
+        targets[target] = np.array([0, heads, -1, head_size], np.int64)
+        for place in (_KEY_PAST, _VALUE_PAST):
+            past = each.input[place]
+            each.input[place] = f"{past}_shaped"
+            nodes.append(helper.make_node("Reshape", [past, target], [f"{past}_shaped"], f"comp/{past}"))
+            present = values[past.replace(PAST, PRESENT, 1)]
+            present[HEADS].dim_value, present[WIDTH].dim_value = heads, head_size
+            for dimension in (HEADS, WIDTH):
+                values[past][dimension].Clear()
+    _give(graph, targets)
+    return nodes
+
+
+def _work_out_angles(graph: Any) -> list[Any]:
+    """Replace tables of the angles' cosines and sines by what they are worked out from.
+
+    A runtime does so once, when it opens the graph; in the file they may take more room than the layers' weights
+    (Gemma 3 270M: 67 MB). A table that isn't the same to the last digits, whatever made it, stays.
+
+    Returns:
+        Nodes to put in front of the graph.
+    """
+    from onnx import numpy_helper
+
+    tables = {tensor.name: tensor for tensor in graph.initializer}
+    pairs = {(node.input[_COSINES], node.input[_SINES]) for node in graph.node if node.op_type == ATTENTION}
+    found: list[Any] = []
+    for names in sorted(pairs):
+        if not all(name in tables for name in names):
+            continue
+        cosines, sines = (numpy_helper.to_array(tables[name]) for name in names)
+        nodes, given = _angles(names, cosines, sines)
+        if not _are_made(nodes, given, dict(zip(names, (cosines, sines), strict=True))):
+            continue
+        for name in names:
+            graph.initializer.remove(tables[name])
+        _give(graph, given)
+        found += nodes
     return found
 
 
-def _compare(exported: Path, fused: Path, cache: tuple[int, int]) -> None:
-    """Make sure that two graphs compute the same.
+def _angles(names: tuple[str, str], cosines: Any, sines: Any) -> tuple[list[Any], dict[str, Any]]:
+    """Nodes that make tables `[places, angles]` of cosines and sines, and the constants that they read."""
+    import numpy as np
+    from onnx import helper
 
-    Both multiply in float32 for it: activations that are rounded to 8 bits at other places would hide a mistake.
-    Batches are left out: the fused attention counts a row's tokens from its start, so padding on the left is not for
-    it, and it takes no more than one token of each behind a cache.
+    scale = float(cosines[0, 0])
+    turns = np.arctan2(sines.astype(np.float64), cosines.astype(np.float64))
+    # Each place that is twice as far tells the step twice as exactly; so far apart, floats are multiplied exactly.
+    step = turns[1]
+    place = 2
+    while place < len(turns):
+        missed = turns[place] - place * step
+        step = step + (missed - 2 * np.pi * np.round(missed / (2 * np.pi))) / place
+        place *= 2
+    angle = f"{names[0]}_angles"
+    given = {
+        f"{angle}_first": np.array(0, np.float32),
+        f"{angle}_end": np.array(len(turns), np.float32),
+        f"{angle}_one": np.array(1, np.float32),
+        f"{angle}_last_axis": np.array([1], np.int64),
+        f"{angle}_step": step[None].astype(np.float32),
+        f"{angle}_scale": np.array(scale, np.float32),
+    }
+    node = helper.make_node
+    nodes = [
+        node("Range", [f"{angle}_first", f"{angle}_end", f"{angle}_one"], [f"{angle}_places"], f"{angle}/Range"),
+        node("Unsqueeze", [f"{angle}_places", f"{angle}_last_axis"], [f"{angle}_column"], f"{angle}/Unsqueeze"),
+        node("Mul", [f"{angle}_column", f"{angle}_step"], [angle], f"{angle}/Mul"),
+    ]
+    for name, operator in zip(names, ("Cos", "Sin"), strict=True):
+        nodes.append(node(operator, [angle], [f"{name}_unscaled"], f"{name}/{operator}"))
+        nodes.append(node("Mul", [f"{name}_unscaled", f"{angle}_scale"], [name], f"{name}/Scale"))
+    return nodes, given
 
-    Args:
-        exported: one graph.
-        fused: the other, in the same folder.
-        cache: heads and width of a layer's cache.
 
-    Raises:
-        RuntimeError: they don't.
+def _are_made(nodes: list[Any], given: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:
+    """Whether ONNX Runtime makes these arrays with those nodes."""
+    import numpy as np
+    from onnx import TensorProto, helper, numpy_helper
+
+    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in expected]
+    tensors = [numpy_helper.from_array(value, name) for name, value in given.items()]
+    graph = helper.make_graph(nodes, "angles", [], outputs, tensors)
+    # The version of the operators doesn't matter to these.
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    found = open_session(model.SerializeToString()).run(list(expected), {})
+    return all(np.abs(one - other).max() < _SAME for one, other in zip(found, expected.values(), strict=True))
+
+
+def _take_positions(graph: Any) -> None:
+    """Let the graph take `position_ids`, which nothing reads, since places in the mask stand for them.
+
+    `ORTModelForCausalLM` takes a graph without for one that can't pad.
     """
-    found = []
-    for path in (exported, fused):
-        # Beside the graph, since the weights' file has to be in the same folder.
-        exact = path.with_name(f"exact_{path.name}")
-        try:
-            _write_exact(path, exact)
-            found.append(run_graph(path.parent, exact.name, cache_shape=cache, batches=False))
-        finally:
-            exact.unlink(missing_ok=True)
-    require_same(*found, names=("the graph with fused attention", "the exported one"))
+    from onnx import helper
+
+    if "position_ids" not in {value.name for value in graph.input}:
+        (tokens,) = (value for value in graph.input if value.name == "input_ids")
+        shape = [each.dim_param for each in tokens.type.tensor_type.shape.dim]
+        graph.input.append(helper.make_tensor_value_info("position_ids", tokens.type.tensor_type.elem_type, shape))
 
 
-def _write_exact(path: Path, target: Path) -> None:
-    """Copy a graph, its products set to multiply in float32."""
-    import onnx
+def _give(graph: Any, values: Mapping[str, Any]) -> None:
+    from onnx import numpy_helper
 
-    model = onnx.load(path, load_external_data=False)
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            if node.op_type == "MatMulNBits" and attribute.name == "accuracy_level":
-                attribute.i = 1
-    onnx.save(model, target)
+    graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in values.items())

@@ -17,6 +17,9 @@ PROTOBUF_LIMIT = 2_000_000_000
 SMALL_TENSOR = 1024
 """Bytes up to which a tensor stays in the graph's own file."""
 
+ATTENTION = "GroupQueryAttention"
+"""The operator that is all of a layer's attention, in graphs that have one."""
+
 QUANTIZED_OPERATORS = {"MatMulNBits", "GatherBlockQuantized", "MatMulInteger", "DequantizeLinear"}
 
 _NUMBER_BY_NUMBER = {"Add", "Cast", "Div", "Mul", "Tanh"}
@@ -59,10 +62,17 @@ def load_float_graph(path: Path) -> Any:
         raise ValueError(f"{path} is quantized already; give the float model.")
     # OPT flattens batch and length before its FFN, which exports as Gemm.
     ONNXModel(model).replace_gemm_with_matmul()
-    shapes = infer_shapes(model)
-    fold_shapes(model, shapes)
-    group_heads(model, shapes)
+    # One that has attention as one operator is as it should be.
+    if not is_fused(model.graph):
+        shapes = infer_shapes(model)
+        fold_shapes(model, shapes)
+        group_heads(model, shapes)
     return model
+
+
+def is_fused(graph: Any) -> bool:
+    """Whether a graph has attention as one operator."""
+    return any(node.op_type == ATTENTION for node in graph.node)
 
 
 def dense_nodes(graph: Any) -> list[DenseNode]:

@@ -6,9 +6,10 @@ one that it was made of, and a quantized one with itself and with the float grap
 
 from __future__ import annotations
 
+import collections
 import gc
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor
 
 from optimum_comp.onnx.folders import MODEL_NAME
+from optimum_comp.onnx.plain import PlainModel
+from optimum_comp.onnx.runtime import is_transformers_5
 from optimum_comp.utils import get_logger
 
 
@@ -28,8 +31,13 @@ TOLERANCE = 1e-3
 PREFILL, CACHED, GENERATED, PADDED = "prefill", "cached continuation", "generation", "left padding"
 _UNCACHED, _ALONE = "without cache", "one prompt alone"
 
+FAR = "long prompt"
+
 _BATCH, _PREFILL, _CONTINUATION, _GENERATED, _PADDING = 2, 16, 8, 4, 5
 """Sequences; tokens of a prompt, after it, and that are generated; and by how many the shorter prompt is shorter."""
+
+_FAR, _PART = 768, 64
+"""Tokens of a long prompt, past the windows of most models that have one, and how many of them are read at once."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +46,10 @@ class Found:
 
     Attributes:
         logits: case -> `[sequences, positions, vocabulary]`, float32. Two prompts (`PREFILL`), tokens that follow them
-            through the cache (`CACHED`), and the same tokens in one run with their prompts; a shorter prompt and what
-            follows it, alone, and padded on the left beside a longer one (`PADDED`; the positions of the padding
-            aside); the steps of greedy generation (`GENERATED`). Of a graph that takes no batches, the first sequence
-            of each, and nothing that is padded.
+            through the cache, one after the other (`CACHED`), and the same tokens in one run with their prompts; a
+            shorter prompt and what follows it, at once, alone, and padded on the left beside a longer one (`PADDED`;
+            the positions of the padding aside); the steps of greedy generation (`GENERATED`). If asked for, the end
+            of a prompt that is read in parts (`FAR`).
         tokens: that generation has chosen, `[sequences, steps]`.
     """
 
@@ -49,76 +57,91 @@ class Found:
     tokens: Tensor
 
 
-def run_torch(checkpoint: Path) -> Found:
-    """What PyTorch computes with a checkpoint in float32."""
+def run_torch(checkpoint: Path, *, far: bool = False) -> Found:
+    """What PyTorch computes with a checkpoint in float32; `far`: with a long prompt, too."""
     from transformers import AutoModelForCausalLM
 
     # .float(): the argument that names a dtype has changed its own name between versions.
-    return run_model(AutoModelForCausalLM.from_pretrained(checkpoint).float().eval())
+    return run_model(AutoModelForCausalLM.from_pretrained(checkpoint).float().eval(), far=far)
 
 
-def run_graph(
-    folder: Path, graph: str = MODEL_NAME, *, cache_shape: tuple[int, int] | None = None, batches: bool = True
-) -> Found:
-    """What `ORTModelForCausalLM` computes with a graph.
+def run_graph(folder: Path, *, cache_shape: tuple[int, int] | None = None, far: bool = False) -> Found:
+    """What `ORTModelForCausalLM` computes with a graph; with transformers 5, `PlainModel`.
 
     Args:
-        folder: holds the graph and `config.json`.
-        graph: the graph's file.
+        folder: holds `model.onnx` and `config.json`.
         cache_shape: heads and width of a layer's cache, for a graph that insists on them (see `open_cache`).
-        batches: whether the graph takes several sequences at once.
+        far: with a long prompt, too.
 
     Raises:
         RuntimeError: the class doesn't open or run it; says why.
     """
-    from optimum.onnxruntime import ORTModelForCausalLM
-
     # What was compared before may still be there, and models are large.
     gc.collect()
     try:
-        model = ORTModelForCausalLM.from_pretrained(folder, file_name=graph, provider="CPUExecutionProvider")
+        if is_transformers_5():
+            return run_model(PlainModel(folder), far=far)
+        from optimum.onnxruntime import ORTModelForCausalLM
+
+        model = ORTModelForCausalLM.from_pretrained(folder, file_name=MODEL_NAME, provider="CPUExecutionProvider")
         if cache_shape is not None:
             model.num_key_value_heads, model.embed_size_per_head = cache_shape
-        return run_model(model, batches=batches)
+        return run_model(model, far=far)
     except Exception as error:
-        raise RuntimeError(f"{graph} doesn't run in ORTModelForCausalLM: {error}") from error
+        runtime = "ONNX Runtime" if is_transformers_5() else "ORTModelForCausalLM"
+        raise RuntimeError(f"{MODEL_NAME} doesn't run in {runtime}: {error}") from error
 
 
 @torch.no_grad()
-def run_model(model: Any, *, batches: bool = True) -> Found:
-    """What an opened model computes, of PyTorch or of ONNX Runtime."""
+def run_model(model: Any, *, far: bool = False) -> Found:
+    """What an opened model computes, of PyTorch or of ONNX Runtime; `far`: with a long prompt, too."""
     from transformers import GenerationConfig
 
-    length = _PREFILL + _CONTINUATION
-    ids = torch.randint(model.config.vocab_size, (_BATCH, length), generator=torch.Generator().manual_seed(0))
-    ids = ids if batches else ids[:1]
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (_BATCH, _PREFILL + _CONTINUATION), generator=generator)
     mask = torch.ones_like(ids)
-    prefill, cached = _run_through_cache(model, ids, mask)
+    shorter = mask.clone()
+    shorter[0, :_PADDING] = 0
+    # Attention in one operator takes several tokens behind a cache of one sequence only.
+    steps, at_once = [_PREFILL, *[1] * _CONTINUATION], [_PREFILL - _PADDING, _CONTINUATION]
+    both = torch.cat([*_run_in_parts(model, ids, mask, steps)], 1)
     logits = {
-        PREFILL: prefill,
-        CACHED: cached,
+        PREFILL: both[:, :_PREFILL],
+        CACHED: both[:, _PREFILL:],
         _UNCACHED: _forward(model, ids, mask).logits[:, _PREFILL:],
+        _ALONE: torch.cat([*_run_in_parts(model, ids[:1, _PADDING:], mask[:1, _PADDING:], at_once)], 1),
+        PADDED: torch.cat([*_run_in_parts(model, ids, shorter, steps)], 1)[:1, _PADDING:],
     }
-    if batches:
-        logits[_ALONE] = torch.cat(_run_through_cache(model, ids[:1, _PADDING:], mask[:1, _PADDING:]), 1)
-        shorter = mask.clone()
-        shorter[0, :_PADDING] = 0
-        logits[PADDED] = torch.cat(_run_through_cache(model, ids, shorter), 1)[:1, _PADDING:]
+    if far:
+        length = min(_FAR, getattr(model.config, "max_position_embeddings", _FAR)) // _PART * _PART
+        longer = torch.randint(model.config.vocab_size, (1, max(length, _PART)), generator=generator)
+        parts = [_PART] * (longer.shape[1] // _PART)
+        # Only the last part's are kept.
+        logits[FAR] = collections.deque(_run_in_parts(model, longer, torch.ones_like(longer), parts), maxlen=1)[0]
     # Settings of its own, without the model's: no token ends it, and no penalty changes what is compared.
     settings = GenerationConfig(
         max_new_tokens=_GENERATED, do_sample=False, pad_token_id=0, output_logits=True, return_dict_in_generate=True
     )
-    prompt = {"input_ids": ids[:, :_PREFILL], "attention_mask": mask[:, :_PREFILL]}
-    generated = model.generate(**prompt, generation_config=settings, use_model_defaults=False)
+    prompts = {"input_ids": ids[:, :_PREFILL], "attention_mask": mask[:, :_PREFILL]}
+    # What isn't set is taken from them.
+    own, model.generation_config = model.generation_config, settings
+    try:
+        generated = model.generate(**prompts, generation_config=settings)
+    finally:
+        model.generation_config = own
     logits[GENERATED] = torch.stack(generated.logits, 1)
     return Found(logits, generated.sequences[:, _PREFILL:])
 
 
-def _run_through_cache(model: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits of prompts, and of the last tokens, which follow them through the cache."""
-    length = ids.shape[1] - _CONTINUATION
-    prompt = _forward(model, ids[:, :length], mask[:, :length])
-    return prompt.logits, _forward(model, ids[:, length:], mask, past_key_values=prompt.past_key_values).logits
+def _run_in_parts(model: Any, ids: Tensor, mask: Tensor, parts: Sequence[int]) -> Iterator[Tensor]:
+    """Logits of some tokens after others, each part of so many, which reads those before it in the cache."""
+    done = 0
+    given: dict[str, Any] = {}
+    for length in parts:
+        end = done + length
+        found = _forward(model, ids[:, done:end], mask[:, :end], **given)
+        yield found.logits
+        done, given = end, {"past_key_values": found.past_key_values}
 
 
 def _forward(model: Any, ids: Tensor, mask: Tensor, **given: Any) -> Any:

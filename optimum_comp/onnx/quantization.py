@@ -22,8 +22,10 @@ from optimum_comp.onnx.blocks import Assignment, round_weights, rounded_already,
 from optimum_comp.onnx.cache import cache_shapes, open_cache
 from optimum_comp.onnx.calibration import second_moments
 from optimum_comp.onnx.folders import MODEL_NAME, copy_companions, graph_bytes
+from optimum_comp.onnx.fused import BUILT
 from optimum_comp.onnx.graph import (
     dense_nodes,
+    is_fused,
     load_float_graph,
     matrices,
     needs_external_data,
@@ -32,7 +34,7 @@ from optimum_comp.onnx.graph import (
 from optimum_comp.onnx.noise import without_noise
 from optimum_comp.onnx.parity import Drift, Found, require_close, require_same, run_graph
 from optimum_comp.onnx.recipes import Recipe, Target, find_recipe, find_target
-from optimum_comp.onnx.runtime import require_onnxruntime
+from optimum_comp.onnx.runtime import is_transformers_5, require_onnxruntime
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,9 @@ def plan_of(model: Any, recipe: Recipe, family: Family | None, tokens: Tensor | 
         tokens: calibration samples `[samples, length]`.
     """
     attention = family.attention if family is not None and recipe.attention is not None else ()
+    if attention and is_fused(model.graph):
+        # GenAI's builder takes apart what a family has in one (Phi-3).
+        attention = BUILT
     consumer = family.ffn.consumer.path if family is not None and recipe.consumers_only else None
     assignment = {}
     for node in dense_nodes(model.graph):
@@ -242,6 +247,9 @@ def check_onnx_folder(folder: Path) -> None:
 def _run_ort_quantizer(
     prepared: Path, folder: Path, recipe: Recipe, target: Target, excluded: list[str], large: bool
 ) -> None:
+    if is_transformers_5():
+        _run_onnx_quantizer(prepared, folder, recipe, target, excluded, large)
+        return
     from optimum.onnxruntime import ORTQuantizer
     from optimum.onnxruntime.configuration import AutoQuantizationConfig
 
@@ -260,6 +268,43 @@ def _run_ort_quantizer(
     ORTQuantizer(prepared).quantize(
         quantization_config=config, save_dir=folder, file_suffix=None, use_external_data_format=large
     )
+
+
+def _run_onnx_quantizer(
+    prepared: Path, folder: Path, recipe: Recipe, target: Target, excluded: list[str], large: bool
+) -> None:
+    """What `ORTQuantizer` has ONNX Runtime do, where it can't be installed."""
+    import onnx
+    from onnxruntime.quantization import QuantType
+    from onnxruntime.quantization.onnx_quantizer import ONNXQuantizer
+    from onnxruntime.quantization.quant_utils import QuantizationMode
+
+    settings: dict[str, Any] = {
+        "per_channel": True,
+        "reduce_range": target.reduce_range,
+        "nodes_to_quantize": [],
+        "nodes_to_exclude": excluded,
+        "op_types_to_quantize": list(recipe.operators),
+        "extra_options": {
+            "WeightSymmetric": True,
+            "ActivationSymmetric": False,
+            "EnableSubgraph": False,
+            "ForceSymmetric": False,
+        },
+    }
+    quantizer = ONNXQuantizer(
+        onnx.load(prepared),
+        static=False,
+        mode=QuantizationMode.IntegerOps,
+        weight_qType=QuantType.QInt8,
+        activation_qType=QuantType.QUInt8,
+        tensors_range=None,
+        **settings,
+    )
+    quantizer.quantize_model()
+    quantizer.model.save_model_to_file(str(folder / MODEL_NAME), large)
+    noted = json.dumps({"quantization": settings, "use_external_data_format": large})
+    (folder / "ort_config.json").write_text(noted, encoding="utf-8")
 
 
 def _family(folder: Path, recipe: Recipe) -> Family | None:

@@ -11,28 +11,37 @@ import numpy as np
 from optimum_comp.onnx.cache import HEADS, PAST, PRESENT, WIDTH
 
 
+def is_transformers_5() -> bool:
+    """Whether transformers is of a version with which Optimum's ONNX part can't be installed."""
+    import transformers
+
+    return int(transformers.__version__.split(".")[0]) >= 5
+
+
 def require_onnxruntime() -> None:
     """Refuse early where export and ONNX Runtime can't work.
 
     The symbols themselves are imported: with transformers 5, `import optimum.exporters.onnx` succeeds and its
-    `main_export` doesn't.
+    `main_export` doesn't. There, ONNX Runtime alone has to do.
 
     Raises:
-        ImportError: the `onnxruntime` extra isn't installed; says how.
+        ImportError: the `onnxruntime` extra, or with transformers 5 the extra `genai`, isn't installed; says how.
     """
+    extra = "genai" if is_transformers_5() else "onnxruntime"
     try:
+        import onnx  # noqa: F401
+        import onnx_ir  # noqa: F401
         from onnxruntime import SessionOptions  # noqa: F401
-        from optimum.exporters.onnx import main_export  # noqa: F401
-        from optimum.onnxruntime import ORTModelForCausalLM, ORTQuantizer  # noqa: F401
+
+        if not is_transformers_5():
+            from optimum.exporters.onnx import main_export  # noqa: F401
+            from optimum.onnxruntime import ORTModelForCausalLM, ORTQuantizer  # noqa: F401
     except ImportError as error:
-        raise ImportError(
-            "this needs ONNX Runtime: pip install 'optimum-comp[onnxruntime]' (in an environment with transformers "
-            f"below 4.58). {error}"
-        ) from error
+        raise ImportError(f"this needs ONNX Runtime: pip install 'optimum-comp[{extra}]'. {error}") from error
 
 
 def load_onnx(path: str | Path, threads: int | None = None, **kwargs: Any) -> Any:
-    """`ORTModelForCausalLM` on the CPU.
+    """`ORTModelForCausalLM` on the CPU; with transformers 5, which that class doesn't run with, `PlainModel`.
 
     Graphs of this package run in it as it is (see `open_cache`); one of Optimum's own export may insist on heads and
     width of a cache that the class works out wrong, and they are corrected here.
@@ -40,12 +49,16 @@ def load_onnx(path: str | Path, threads: int | None = None, **kwargs: Any) -> An
     Args:
         path: an ONNX folder.
         threads: threads inside an operator; `None` leaves ONNX Runtime's default.
-        kwargs: passed on to `from_pretrained`.
+        kwargs: passed on to `from_pretrained`; `PlainModel` has no use for them.
 
     Raises:
         ImportError: the `onnxruntime` extra isn't installed; says how.
     """
     require_onnxruntime()
+    if is_transformers_5():
+        from optimum_comp.onnx.plain import PlainModel
+
+        return PlainModel(path, threads)
     from onnxruntime import SessionOptions
     from optimum.onnxruntime import ORTModelForCausalLM
 
@@ -61,23 +74,39 @@ def load_onnx(path: str | Path, threads: int | None = None, **kwargs: Any) -> An
     return model
 
 
+def open_session(model: str | bytes, threads: int | None = None) -> Any:
+    """An ONNX Runtime session of a file or a model in memory, which says errors only.
+
+    Args:
+        model: path or content.
+        threads: threads inside an operator; `None` leaves ONNX Runtime's default.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
 class GraphRunner:
     """An ONNX Runtime session of a decoder's graph.
 
     Args:
         path: the graph.
-        cache_shape: heads of a layer's cache and width of a head, for a graph that leaves them open.
+        threads: threads inside an operator; `None` leaves ONNX Runtime's default.
     """
 
-    def __init__(self, path: Path, cache_shape: tuple[int, int] | None = None):
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    def __init__(self, path: Path, threads: int | None = None):
+        self._session = open_session(str(path), threads)
         self._inputs = {each.name: each.shape for each in self._session.get_inputs()}
         self._outputs = {each.name: each.shape for each in self._session.get_outputs()}
-        self._cache_shape = cache_shape
+
+    @property
+    def input_names(self) -> list[str]:
+        """What the graph takes."""
+        return list(self._inputs)
 
     @property
     def cache_names(self) -> list[str]:
@@ -110,8 +139,7 @@ class GraphRunner:
         if name == "position_ids":
             return np.broadcast_to(np.arange(start, start + length), (batch, length)).copy()
         if name.startswith(PAST):
-            heads, width = self._cache_shape or (self._size(name, HEADS), self._size(name, WIDTH))
-            return np.zeros((batch, heads, 0, width), np.float32)
+            return np.zeros((batch, self._size(name, HEADS), 0, self._size(name, WIDTH)), np.float32)
         raise ValueError(f"the graph has an input {name!r} that isn't known here.")
 
     def _size(self, name: str, place: int) -> int:
@@ -119,7 +147,7 @@ class GraphRunner:
         for shape in (self._inputs[name], self._outputs.get(name.replace(PAST, PRESENT, 1))):
             if shape is not None and isinstance(shape[place], int):
                 return int(shape[place])
-        raise ValueError(f"the graph doesn't say the shape of its cache {name!r}; give cache_shape.")
+        raise ValueError(f"the graph doesn't say the shape of its cache {name!r}.")
 
 
 class CachedDecoder:
@@ -127,11 +155,10 @@ class CachedDecoder:
 
     Args:
         path: the graph.
-        cache_shape: heads of a layer's cache and width of a head, for a graph that leaves them open.
     """
 
-    def __init__(self, path: Path, cache_shape: tuple[int, int] | None = None):
-        self._runner = GraphRunner(path, cache_shape)
+    def __init__(self, path: Path):
+        self._runner = GraphRunner(path)
         self._cache: dict[str, Any] = {}
         self._read = 0
 
@@ -143,3 +170,20 @@ class CachedDecoder:
         self._cache = dict(zip(names, cache, strict=True))
         self._read += len(tokens)
         return logits[0]
+
+
+def greedy_tokens(path: Path, prompt: Sequence[int], new_tokens: int) -> list[int]:
+    """The tokens that ONNX Runtime generates with a decoder's graph, whatever they are.
+
+    Args:
+        path: the graph.
+        prompt: token ids.
+        new_tokens: how many to generate.
+    """
+    decoder = CachedDecoder(path)
+    found: list[int] = []
+    step = list(prompt)
+    for _ in range(new_tokens):
+        step = [int(decoder.logits(step)[-1].argmax())]
+        found += step
+    return found

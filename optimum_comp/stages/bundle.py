@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from optimum_comp.bundle import write_bundle
 from optimum_comp.chain_memory import BUNDLE as BUNDLE_STEP
 from optimum_comp.chain_memory import predict_peak
-from optimum_comp.onnx.genai import find_environment
+from optimum_comp.onnx.fused import genai_version
 from optimum_comp.onnx.recipes import TARGETS
 from optimum_comp.onnx.runtime import require_onnxruntime
 from optimum_comp.options import Boolean, Choice, Option, option, options_of, settings_class
@@ -60,13 +59,7 @@ class Bundle(Stage):
 
     def identity(self, chain: Any) -> dict[str, Any]:
         """See `Stage`."""
-        return {"target": self._target(chain), "ort_format": self.settings.ort_format, "genai": self._genai}
-
-    @cached_property
-    def _genai(self) -> str | None:
-        """Version of the builder that makes the fused graph; to find it takes a process."""
-        environment = find_environment(None)
-        return None if environment is None else environment.versions["onnxruntime-genai"]
+        return {"target": self._target(chain), "ort_format": self.settings.ort_format, "genai": genai_version()}
 
     def place(self, before: str) -> str:
         """See `Stage`."""
@@ -91,7 +84,6 @@ class Bundle(Stage):
             target,
             target=self._target(chain),
             ort_format=self.settings.ort_format,
-            checkpoint=chain.checkpoint,
             overwrite=True,
             record=record,
         )

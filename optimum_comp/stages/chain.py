@@ -239,11 +239,6 @@ class Chain:
         return "any" if quantize is None else quantize.settings.target
 
     @property
-    def checkpoint(self) -> Path:
-        """Folder of the float model that is exported."""
-        return self.local([self.dense, *(step.made for step in self._steps if step.made.kind == CHECKPOINT)][-1])
-
-    @property
     def num_samples(self) -> int:
         """Calibration samples that quantization can look at."""
         prune = self._stage(Prune)

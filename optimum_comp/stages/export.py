@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from optimum_comp.chain_memory import EXPORT, predict_peak
-from optimum_comp.onnx.export import export_onnx
+from optimum_comp.onnx.export import AUTO, EXPORTERS, OPTIMUM, export_onnx, require_exporter
+from optimum_comp.onnx.fused import genai_version
 from optimum_comp.onnx.parity import TOLERANCE
 from optimum_comp.onnx.runtime import require_onnxruntime
-from optimum_comp.options import Number, Option, option, options_of, settings_class
+from optimum_comp.options import Choice, Number, Option, option, options_of, settings_class
 from optimum_comp.stages.base import CHECKPOINT, ONNX, Artifact, Stage
+from optimum_comp.utils import get_logger
+
+
+logger = get_logger(__name__)
 
 
 @settings_class
 class ExportSettings:
-    """How an export is judged."""
+    """How an export is made and judged."""
 
+    exporter: str = option(
+        Choice(EXPORTERS),
+        "What makes the graph: genai (ONNX Runtime GenAI's model builder: attention as one operator, faster), "
+        "optimum, or auto: genai where it knows the family and computes what PyTorch does, else optimum.",
+        default=AUTO,
+    )
     tolerance: float = option(
         Number("(0, inf)"),
         "Largest difference of a logit to PyTorch's with which an export is kept, relative to the largest logit if "
@@ -30,7 +42,7 @@ class Export(Stage):
     """Makes a float32 graph.
 
     Args:
-        settings: how it is judged.
+        settings: how it is made and judged.
     """
 
     name, takes, makes = "export", CHECKPOINT, ONNX
@@ -50,11 +62,13 @@ class Export(Stage):
 
     def to_dict(self) -> dict[str, Any]:
         """See `Stage`."""
-        return {"tolerance": self.settings.tolerance}
+        return dataclasses.asdict(self.settings)
 
     def identity(self, chain: Any) -> dict[str, Any]:
         """See `Stage`."""
-        return self.to_dict()
+        # What `auto` takes hangs on whether there is a builder, and its graph on which.
+        builder = None if self.settings.exporter == OPTIMUM else genai_version()
+        return {**self.to_dict(), "genai": builder}
 
     def place(self, before: str) -> str:
         """See `Stage`."""
@@ -63,6 +77,7 @@ class Export(Stage):
     def check(self, chain: Any) -> None:
         """See `Stage`."""
         require_onnxruntime()
+        require_exporter(self.settings.exporter)
 
     def disk_bytes(self, chain: Any) -> int:
         """See `Stage`; float32, and once more while the exporter puts it together."""
@@ -75,6 +90,12 @@ class Export(Stage):
     def run(self, source: Artifact, target: Path, chain: Any, record: Mapping[str, Any]) -> dict[str, Any]:
         """See `Stage`."""
         report = export_onnx(
-            chain.local(source), target, tolerance=self.settings.tolerance, overwrite=True, record=record
+            chain.local(source), target, **dataclasses.asdict(self.settings), overwrite=True, record=record
         )
-        return {"seconds": report.seconds, "size_bytes": report.size_bytes}
+        logger.info("%s", report.text)
+        return {
+            "seconds": report.seconds,
+            "size_bytes": report.size_bytes,
+            "exporter": report.exporter,
+            "exporter_reason": report.reason,
+        }

@@ -19,7 +19,7 @@ from optimum_comp.checkpoint.tokenizer import open_tokenizer
 from optimum_comp.configuration import BEGINS
 from optimum_comp.evaluation import is_onnx_folder, load_model
 from optimum_comp.files import check_folder
-from optimum_comp.onnx.export import export_onnx
+from optimum_comp.onnx.export import AUTO, export_onnx, require_exporter
 from optimum_comp.onnx.quantization import QuantizationReport, quantize_onnx
 from optimum_comp.onnx.recipes import BUDGET, FOUR, RECIPES, TARGETS
 from optimum_comp.onnx.runtime import require_onnxruntime
@@ -219,6 +219,7 @@ def quantize_folder(
     *,
     settings: QuantizeSettings | None = None,
     samples: SampleSettings | None = None,
+    exporter: str | None = None,
     overwrite: bool = False,
 ) -> QuantizationReport:
     """Quantize a PyTorch or an ONNX folder; the former is exported to a temporary folder first.
@@ -228,24 +229,31 @@ def quantize_folder(
         output: folder to make.
         settings: what the weights become.
         samples: calibration samples, for recipes that round with text and for a budget.
+        exporter: of a PyTorch folder (see `export_onnx`); `None` for `auto`.
         overwrite: replace a model that is in `output`.
 
     Raises:
         FileExistsError: the output exists and isn't to be overwritten.
-        ValueError: no such folder, too little text, or a budget that can't be kept.
+        ValueError: no such folder or exporter, an exporter for what is exported already, too little text, or a budget
+            that can't be kept.
     """
     model, output = Path(model), Path(output)
     settings, samples = settings or QuantizeSettings(), samples or SampleSettings()
     if not model.is_dir():
         raise ValueError(f"--model {str(model)!r} is not a folder; give a PyTorch or an ONNX folder.")
+    if exporter is not None and is_onnx_folder(model):
+        raise ValueError(f"exporter={exporter!r} is for a PyTorch folder; {model} is exported already.")
     check_folder(output, overwrite=overwrite, sources=[model])
     require_onnxruntime()
+    require_exporter(exporter or AUTO)
     tokens = _samples(model, settings, samples) if settings.wants_text else None
     output.resolve().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.resolve().parent, prefix=".export-") as scratch:
         exported = model
         if not is_onnx_folder(model):
-            exported = export_onnx(model, Path(scratch) / "onnx").output
+            report = export_onnx(model, Path(scratch) / "onnx", exporter=exporter or AUTO)
+            logger.info("%s", report.text)
+            exported = report.output
         return _quantize(exported, output, settings, tokens, overwrite=overwrite)
 
 
