@@ -544,14 +544,28 @@ def test_tokenizers_that_are_not_known_are_refused_by_name(dense, tmp_path):
 
     refused("is a BPE of characters, which has nothing for those that it doesn't know", of_characters)
 
-    def without_a_byte():
-        data = json.loads((folder / "tokenizer.json").read_text())
-        gone = BYTE_CHARACTERS[0x7F]
-        del data["model"]["vocab"][gone]
-        data["model"]["merges"] = [each for each in data["model"]["merges"] if gone not in "".join(each)]
-        (folder / "tokenizer.json").write_text(json.dumps(data))
+    shutil.rmtree(folder, ignore_errors=True)
+    data = json.loads((dense["fallback"] / "tokenizer.json").read_text())
+    del data["model"]["vocab"]["<0x7F>"]
+    with pytest.raises(ValueError, match="of x is a BPE without tokens for the bytes 0x7F"):
+        TokenizerFile(data, "x")
 
-    refused("is a BPE without tokens for the bytes 0x7F", without_a_byte)
+
+@pytest.mark.parametrize("whole_words", [False, True])
+def test_a_byte_without_a_token_is_lost_as_before_and_nothing_else(whole_words):
+    """As in SmolLM2's vocabulary, which lacks some control characters."""
+    data = byte_pair_file([("a", "b"), ("ab", "c"), ("c", "a")])
+    gone = BYTE_CHARACTERS[0x04]
+    del data["model"]["vocab"][gone]
+    # Only where words are looked up whole, a text becomes this one.
+    data["model"]["vocab"][f"ab{gone}"] = 4
+    data["model"]["ignore_merges"] = whole_words
+    file = TokenizerFile(data, "x")
+    kept = sorted(choose(file.always, [file.ids["ca"]], file.needs))
+    was, now = (Tokenizer.from_str(json.dumps(each)) for each in (data, file.cut(kept)))
+    assert (4 in kept) == whole_words and file.ids["abc"] not in kept
+    for text in ("abc", "ab\x04", "\x04", "a\x04\x04c", "caba", "abca\x04"):
+        assert now.decode(now.encode(text).ids) == was.decode(was.encode(text).ids)
 
 
 def test_a_character_that_only_longer_tokens_hold_would_be_lost():

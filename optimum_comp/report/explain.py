@@ -674,7 +674,7 @@ def vocabulary_text(name: str, found: Mapping[str, Any]) -> str:
         lines.append(
             _filled(
                 f"Of {text}'s {told['tokens']:,} tokens, {told['distinct']:,} distinct ones, {_share(told['kept'])} "
-                "stay; the others fall to pieces.",
+                f"stay{'; the others fall to pieces' if told['kept'] < 1 else ''}.",
                 2,
             )
         )

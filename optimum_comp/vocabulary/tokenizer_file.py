@@ -51,10 +51,12 @@ class TokenizerFile:
         for field in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
             if self.model.get(field):
                 raise self._refused(f"is a BPE with {field}={self.model[field]!r}")
-        names = BYTE_CHARACTERS if self.of_bytes else BYTES
-        if not self.of_bytes and not self.falls_back:
+        if self.of_bytes:
+            # A byte that has no token is lost with all tokens as well, since merges begin with those of single bytes.
+            return
+        if not self.falls_back:
             raise self._refused("is a BPE of characters, which has nothing for those that it doesn't know")
-        missing = [f"0x{value:02X}" for value in IN_TEXT if names[value] not in self.ids]
+        missing = [f"0x{value:02X}" for value in IN_TEXT if BYTES[value] not in self.ids]
         if missing:
             raise self._refused(f"is a BPE without tokens for the bytes {', '.join(missing[:3])}")
 
@@ -122,6 +124,9 @@ class TokenizerFile:
         if not self.of_bytes:
             # A character of ASCII alone costs next to nothing, and without it there would be a byte.
             found |= {self.ids[each] for each in (SPACE, *map(chr, range(128))) if each in self.ids}
+        if self.model.get("ignore_merges"):
+            # A word that is a token, but has a character that is none, comes about in no other way.
+            found |= {token for piece, token in self.ids.items() if any(each not in self.ids for each in piece)}
         if self.model.get("unk_token") in self.ids:
             found.add(self.ids[self.model["unk_token"]])
         if self.kind == "Unigram":
