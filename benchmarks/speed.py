@@ -1,10 +1,13 @@
-"""Dense and pruned, float32, 8 and 4 bits, side by side in ONNX Runtime: speed, memory, size and perplexity.
+"""Dense and pruned, float32, 8 and 4 bits, side by side in ONNX Runtime, and the dense one in llama.cpp.
+
+Speed, memory, size and perplexity:
 
     python benchmarks/speed.py --model models/smollm2 --calibration text.txt --text other.txt --report out/speed
 
 Without `--calibration`, the first 60 % of the text calibrate and the rest is measured. Prunes twice (with equalization
 for 8 bits, without for 4), exports, quantizes, also with Optimum's own preset, and measures each model in a process of
-its own, all in one run on the same prompts and tokens.
+its own, all in one run on the same prompts and tokens with as many threads. llama.cpp comes from npm into the folder
+of the models (see llama_cpp.py); where it can't be had, one line says why, and the rest is measured.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,10 +24,11 @@ from optimum.onnxruntime import ORTQuantizer
 from optimum.onnxruntime.configuration import AutoQuantizationConfig
 from transformers import AutoTokenizer
 
+import llama_cpp
 from optimum_comp import CompConfig, CompPruner
 from optimum_comp.beginning import decide, losses_of_model, spread
 from optimum_comp.calibration.text import PYDOC, choose_blocks, read_text, tokenize
-from optimum_comp.evaluation import Settings, evaluate_all
+from optimum_comp.evaluation import Evaluation, Settings, evaluate_all
 from optimum_comp.onnx.export import export_onnx
 from optimum_comp.onnx.folders import copy_companions
 from optimum_comp.onnx.quantization import quantize_onnx
@@ -45,6 +50,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=20480)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, help="keep the models here, and use those that are here already")
+    parser.add_argument("--llama-cpp", action=argparse.BooleanOptionalAction, default=True, help="measure it, too")
     parser.add_argument("--report", type=Path, help="folder for report.html")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -57,9 +63,14 @@ def main() -> None:
         settings = Settings(
             text=args.text, max_tokens=args.max_tokens, long_prompt_tokens=512, new_tokens=64, threads=args.threads
         )
-        models = make(args, args.work or Path(scratch))
+        work = args.work or Path(scratch)
+        models = make(args, work)
         results = dict(evaluate_all(models, settings))
+        if args.llama_cpp:
+            results |= in_llama_cpp(args.model, work, settings.as_with(next(iter(results.values()))))
     print(evaluation_table(results))
+    if any(result.runtime == llama_cpp.RUNTIME for result in results.values()):
+        print(f"\n{llama_cpp.NOTE}\n")
     first = next(iter(results.values()))
     for name, result in results.items():
         decode = (result.decode_tokens_per_second or 0) / (first.decode_tokens_per_second or 1)
@@ -121,6 +132,17 @@ def make(args: Any, folder: Path) -> dict[str, Path]:
         if recipe is not None and not paths[name].exists():
             quantize_onnx(source, paths[name], recipe=recipe, target=args.target, tokens=blocks)
     return paths
+
+
+def in_llama_cpp(model: str, folder: Path, settings: Settings) -> dict[str, Evaluation]:
+    """Measurements of the dense model by the names of llama.cpp's formats; none, with a line that says why."""
+    results = {}
+    try:
+        for name, result in llama_cpp.measure(model, folder / "llama.cpp", settings):
+            results[f"dense, llama.cpp {name}"] = result
+    except llama_cpp.LlamaCppUnavailableError as error:
+        print(f"without llama.cpp: {error}", file=sys.stderr)
+    return results
 
 
 if __name__ == "__main__":

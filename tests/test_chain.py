@@ -254,7 +254,7 @@ def test_samples_that_only_memory_holds_are_kept_for_the_resume(made, tmp_path, 
         raise RuntimeError("no")
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="--resume"):
-        patch.setattr("optimum_comp.onnx.export.open_cache", broken)
+        patch.setattr("optimum_comp.onnx.export.run_torch", broken)
         compress(
             made / "model",
             tmp_path / "out",

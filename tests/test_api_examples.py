@@ -1,0 +1,81 @@
+"""The examples of the Python interfaces run on the real model, and achieve what they print."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import need_onnx
+
+
+need_onnx()
+
+from transformers import AutoConfig  # noqa: E402
+
+from optimum_comp.bundle import verify_bundle  # noqa: E402
+from optimum_comp.evaluation import count_parameters  # noqa: E402
+
+
+pytestmark = pytest.mark.slow
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def example(name: str, *arguments: object) -> str:
+    """What an example prints."""
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def numbers(pattern: str, text: str) -> list[float]:
+    found = re.search(pattern, text)
+    assert found, text
+    return [float(each) for each in found.groups()]
+
+
+@pytest.fixture(scope="module")
+def pruned(real_model, tmp_path_factory) -> tuple[Path, str]:
+    output = tmp_path_factory.mktemp("examples") / "pruned"
+    return output, example("prune_from_pretrained", "--model", real_model, "--samples", 4, output)
+
+
+def test_prune_from_pretrained(pruned):
+    folder, said = pruned
+    before, after = numbers(r"([\d.]+) -> ([\d.]+) M parameters", said)
+    assert (before, after) == (134.5, round(count_parameters(AutoConfig.from_pretrained(folder)) / 1e6, 1))
+    assert after < 0.86 * before
+    dense, ours = numbers(r"perplexity ([\d.]+) -> ([\d.]+)", said)
+    # 1.48 times with four samples.
+    assert dense < ours < 1.7 * dense
+
+
+def test_chain_with_quantization(pruned, tmp_path):
+    said = example("chain_with_quantization", "--model", pruned[0], "--tokens", 1024, tmp_path / "out")
+    sizes, perplexities = {}, {}
+    for name in ("float32", "optimum-int8", "comp-int8"):
+        sizes[name], perplexities[name] = numbers(rf"(?m)^{name}: ([\d.]+) MB, perplexity ([\d.]+)$", said)
+        assert (tmp_path / "out" / name / "model.onnx").is_file()
+    assert sizes["optimum-int8"] < 0.27 * sizes["float32"] and sizes["comp-int8"] < 0.27 * sizes["float32"]
+    # 1.016 times.
+    assert perplexities["comp-int8"] < 1.05 * perplexities["float32"]
+    assert perplexities["comp-int8"] < perplexities["optimum-int8"]
+
+
+def test_mobile_export(pruned, tmp_path):
+    said = example("mobile_export", "--model", pruned[0], "--sparsity", 0, tmp_path / "out")
+    report = verify_bundle(tmp_path / "out" / "phone")
+    assert report.text() in said and report.target == "arm64"
+    assert f"node serve.mjs {tmp_path / 'out' / 'phone'}" in said
+    answer = re.search(r"(?m)^GenAI: (.+)$", said)
+    assert answer, said
+    if importlib.util.find_spec("onnxruntime_genai") is None:
+        assert "pip install" in answer[1]
+    else:
+        # What so little calibration leaves the model knowing isn't promised; that it answers in words is.
+        assert report.genai_agrees is True and len(answer[1].split()) >= 3 and answer[1].isascii()
