@@ -22,12 +22,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_comp import CompConfig, CompPruner
-from optimum_comp.beginning import decide, in_front, losses_of_model, spread
+from optimum_comp.beginning import decide, losses_of_model, spread
 from optimum_comp.calibration.text import PYDOC, SELF, read_text, tokenize
 from optimum_comp.configuration import PRESETS
 from optimum_comp.distillation.run import distil
 from optimum_comp.distillation.settings import DistilSettings
-from optimum_comp.evaluation import perplexity
+from optimum_comp.evaluation import bits_per_byte, bytes_predicted, perplexity
 from optimum_comp.options import Duration
 
 
@@ -64,20 +64,17 @@ class Texts:
         self.window = args.window
         pieces = spread(next(iter(self.tokens.values())), args.window)
         self.start = decide("auto", tokenizer, pieces, losses_of_model(model), "Windows").tokens
-        room = args.window - len(self.start)
-        self.bytes = {}
-        for name, tokens in self.tokens.items():
-            windows = tokens[: tokens.numel() // room * room].view(-1, room)
-            # What isn't predicted isn't counted.
-            predicted = in_front(self.start, windows)[:, len(self.start) + 1 :]
-            self.bytes[name] = sum(len(tokenizer.decode(each).encode()) for each in predicted)
+        self.bytes = {
+            name: bytes_predicted(tokenizer, tokens, args.window, len(self.start))
+            for name, tokens in self.tokens.items()
+        }
 
     def measure(self, model: torch.nn.Module) -> dict[str, tuple[float, float]]:
         """Perplexity of a token, and bits per byte, of each text."""
         found = {}
         for name, tokens in self.tokens.items():
             value, predictions = perplexity(model, tokens, self.window, self.start)
-            found[name] = value, math.log2(value) * predictions / self.bytes[name]
+            found[name] = value, bits_per_byte(value, predictions, self.bytes[name]) or math.nan
         return found
 
 

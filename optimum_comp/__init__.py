@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["CompConfig", "CompPruner", "CompReport", "DistilSettings", "__version__", "distil"]
+__all__ = [
+    "CompConfig",
+    "CompPruner",
+    "CompReport",
+    "DistilSettings",
+    "VocabularySettings",
+    "__version__",
+    "distil",
+    "shrink_vocabulary",
+]
 
 if TYPE_CHECKING:
     from optimum_comp.configuration import CompConfig
@@ -16,13 +25,17 @@ if TYPE_CHECKING:
     from optimum_comp.distillation.settings import DistilSettings
     from optimum_comp.pruner import CompPruner
     from optimum_comp.report.run import CompReport
+    from optimum_comp.vocabulary.run import shrink_vocabulary
+    from optimum_comp.vocabulary.settings import VocabularySettings
 
 _HOMES = {
     "CompConfig": "optimum_comp.configuration",
     "CompPruner": "optimum_comp.pruner",
     "CompReport": "optimum_comp.report.run",
     "DistilSettings": "optimum_comp.distillation.settings",
+    "VocabularySettings": "optimum_comp.vocabulary.settings",
     "distil": "optimum_comp.distillation.run",
+    "shrink_vocabulary": "optimum_comp.vocabulary.run",
 }
 
 

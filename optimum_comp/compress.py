@@ -26,7 +26,9 @@ from optimum_comp.stages.export import Export, ExportSettings
 from optimum_comp.stages.prune import Prune, Running
 from optimum_comp.stages.quantize import Quantize, QuantizeSettings
 from optimum_comp.stages.recipe import Recipe
+from optimum_comp.stages.vocabulary import Vocabulary
 from optimum_comp.utils import format_bytes
+from optimum_comp.vocabulary.settings import VocabularySettings
 
 
 QUANTIZED_TOLERANCE = 1.05
@@ -47,6 +49,7 @@ class Compression:
         distillation: what distillation's stage tells of itself; empty if there is none.
         quantization: what quantization's stage tells of itself; empty if there is none.
         export: what the export's stage tells of itself; empty if there is none.
+        vocabulary: what the vocabulary's stage tells of itself; empty if there is none.
     """
 
     output: Path
@@ -58,11 +61,13 @@ class Compression:
     quantization: dict[str, Any] = field(default_factory=dict)
     distillation: dict[str, Any] = field(default_factory=dict)
     export: dict[str, Any] = field(default_factory=dict)
+    vocabulary: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {
             "output": str(self.output),
+            "vocabulary": self.vocabulary,
             "pruning": self.pruning,
             "stages": {name: stage.to_dict() for name, stage in self.stages.items()},
             "distillation": self.distillation,
@@ -87,6 +92,11 @@ class Compression:
         if self.costs:
             lines.append("What each step took:")
             lines.append("\n".join(f"- {name}: {cost}" for name, cost in self.costs.items()))
+        if self.vocabulary:
+            told = self.vocabulary
+            lines.append(
+                f"Vocabulary: {told['tokens_before']:,} -> {told['tokens_after']:,} tokens (by {told['chosen_by']})."
+            )
         if "exporter" in self.export:
             lines.append(told_exporter(self.export["exporter"], self.export["exporter_reason"]))
         loss = self.quantization_loss
@@ -101,8 +111,8 @@ class Compression:
             lines.append(f"{self.output}: complete; nothing was measured.")
         if self.bundle is not None:
             size = format_bytes(sum(self.bundle["files"].values()))
-            told = [f"{self.bundle['output']}: bundle for {self.bundle['target']}, {size}.", *self.bundle["notes"]]
-            lines.append("\n".join(told))
+            said = [f"{self.bundle['output']}: bundle for {self.bundle['target']}, {size}.", *self.bundle["notes"]]
+            lines.append("\n".join(said))
         lines += self.notes
         return "\n\n".join(lines)
 
@@ -161,6 +171,7 @@ def run(
         outcome.results.get(Quantize.name, {}),
         outcome.results.get(Distil.name, {}),
         outcome.results.get(Export.name, {}),
+        outcome.results.get(Vocabulary.name, {}),
     )
     for name, text in (
         (COMPRESSION_SUMMARY, json.dumps(result.to_dict(), indent=1, default=str) + "\n"),
@@ -185,6 +196,7 @@ def compress(
     target: str = "any",
     exporter: str = AUTO,
     distil: DistilSettings | None = None,
+    vocabulary: VocabularySettings | None = None,
     budget: Budget | None = None,
     settings: Settings | None = None,
     bundle: str | Path | None = None,
@@ -207,6 +219,7 @@ def compress(
         target: the processor that it is for.
         exporter: what makes the graph; see `export_onnx`.
         distil: train the pruned model on the dense one's predictions, like this; `None`: not.
+        vocabulary: keep only some tokens, like this, before anything else is done; `None`: all.
         budget: search for the mix of precisions that keeps it, relative to the pruned model.
         settings: what to measure.
         bundle: folder to make a bundle for a phone in (see `write_bundle`); `None` for none.
@@ -229,6 +242,8 @@ def compress(
     )
     running = Running(text_column=text_column, batch_size=batch_size, matmul_dtype=matmul_dtype)
     stages: list[Stage] = [Prune(config, running, calibration, is_equalized=config.equalize)]
+    if vocabulary is not None:
+        stages.insert(0, Vocabulary(vocabulary))
     if distil is not None:
         stages.append(Distil(distil))
     stages += [Export(ExportSettings(exporter=exporter)), Quantize(quantization)]

@@ -105,10 +105,13 @@ class Settings:
             raise ValueError(f"max_tokens={self.max_tokens} is not valid: one window takes {self.window} tokens.")
 
     def as_with(self, first: Evaluation) -> Settings:
-        """The settings for models that are compared with one that was measured first: windows begin as its did."""
+        """The settings for models that are compared with one that was measured first: windows begin as its did.
+
+        With start tokens, if its did, and with the model's own: in another vocabulary they have other ids.
+        """
         if self.text is None or self.begins_with is not None:
             return self
-        return dataclasses.replace(self, begins_with=first.begins_with)
+        return dataclasses.replace(self, begin="always" if first.begins_with else "never")
 
 
 @dataclass
@@ -122,6 +125,9 @@ class Evaluation:
         size_bytes: of the weight files.
         perplexity: exp of the mean next-token loss.
         predictions: tokens that were predicted for it.
+        bits_per_byte: the same loss over the bytes of what was predicted, in bits: comparable across vocabularies.
+        bytes_predicted: those bytes, in UTF-8.
+        vocabulary: tokens that the model knows.
         window: tokens of a window.
         begins_with: start tokens of each window, which aren't predicted; empty for none.
         start: the same as text.
@@ -145,6 +151,9 @@ class Evaluation:
     size_bytes: int
     perplexity: float | None = None
     predictions: int | None = None
+    bits_per_byte: float | None = None
+    bytes_predicted: int | None = None
+    vocabulary: int | None = None
     window: int | None = None
     text: str | None = None
     text_sha256: str | None = None
@@ -230,6 +239,7 @@ def evaluate(path: str | Path, settings: Settings, **kwargs: Any) -> Evaluation:
     started = time.perf_counter()
     model, runtime = load_model(path, settings.threads, **kwargs)
     result = Evaluation(str(path), runtime, count_parameters(config), weight_bytes(path))
+    result.vocabulary = getattr(config, "vocab_size", None)
     result.load_seconds = time.perf_counter() - started
     result.threads = settings.threads or torch.get_num_threads()
     with _torch_aside() if runtime == "onnxruntime" else contextlib.nullcontext():
@@ -252,6 +262,8 @@ def evaluate(path: str | Path, settings: Settings, **kwargs: Any) -> Evaluation:
             start = _beginning(path, settings, tokenizer, model, tokens).tokens
             result.begins_with, result.start = list(start), tokenizer.decode(start) if start else None
             result.perplexity, result.predictions = perplexity(model, tokens, settings.window, start)
+            result.bytes_predicted = bytes_predicted(tokenizer, tokens, settings.window, len(start))
+            result.bits_per_byte = bits_per_byte(result.perplexity, result.predictions, result.bytes_predicted)
             result.window, result.text = settings.window, name
             room = settings.window - len(start)
             used = tokens[: tokens.numel() // room * room]
@@ -328,6 +340,33 @@ def perplexity(model: Any, tokens: Tensor, window: int = 512, start: Sequence[in
         loss, predictions = next_token_loss(logits[:, count_start:], batch[:, count_start:])
         total, count = total + loss, count + predictions
     return math.exp(total / count), count
+
+
+def bytes_predicted(tokenizer: Any, tokens: Tensor, window: int = 512, start: int = 0) -> int:
+    """UTF-8 bytes of what `perplexity` predicts of a text: of each window all but its first token.
+
+    Args:
+        tokenizer: the model's.
+        tokens: the text, `[n]`, at least one window.
+        window: as for `perplexity`.
+        start: tokens that each window begins with, which aren't of the text.
+    """
+    room = window - start
+    windows = tokens[: tokens.numel() // room * room].view(-1, room)
+    # As the tokens have it: clean-up takes spaces away that the text has.
+    texts = (tokenizer.decode(each[1:], clean_up_tokenization_spaces=False) for each in windows)
+    return sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+
+
+def bits_per_byte(perplexity: float, predictions: int, count: int) -> float | None:
+    """What a text costs by a model, which no choice of tokens changes the unit of.
+
+    Args:
+        perplexity: of a token.
+        predictions: tokens.
+        count: bytes that they stand for; of none, there is nothing to say.
+    """
+    return math.log2(perplexity) * predictions / count if count else None
 
 
 @torch.no_grad()

@@ -55,7 +55,7 @@ def join_parts(parts: Sequence[Path], folder: Path, max_shard_size: int | str) -
     shard of them.
 
     Args:
-        parts: safetensors files with distinct tensors.
+        parts: safetensors files; of tensors of one name, the last file's is taken.
         folder: where the shards go.
         max_shard_size: bytes, or as text (`"5GB"`).
     """

@@ -11,6 +11,7 @@ from optimum_comp.commands.explain import ExplainCommand
 from optimum_comp.commands.families import FamiliesCommand
 from optimum_comp.commands.prune import PruneCommand
 from optimum_comp.commands.quantize import QuantizeCommand
+from optimum_comp.commands.vocabulary import VocabularyCommand
 
 
 class CompCommand(BaseOptimumCLICommand):
@@ -20,6 +21,7 @@ class CompCommand(BaseOptimumCLICommand):
     SUBCOMMANDS = tuple(
         CommandInfo(command.COMMAND.name, command.COMMAND.help, subcommand_class=command)
         for command in (
+            VocabularyCommand,
             PruneCommand,
             DistilCommand,
             QuantizeCommand,

@@ -24,6 +24,8 @@ class CompressCommand(CompSubcommand):
         from optimum_comp.stages.distil import Distil
         from optimum_comp.stages.quantize import QuantizeSettings
         from optimum_comp.stages.recipe import shipped
+        from optimum_comp.stages.vocabulary import Vocabulary
+        from optimum_comp.vocabulary.settings import VocabularySettings
 
         parser.add_argument("-m", "--model", help="Local folder or hub id; not needed if the recipe names it.")
         parser.add_argument(
@@ -38,6 +40,17 @@ class CompressCommand(CompSubcommand):
             action="store_true",
             help="Go on with what is in OUTPUT, by the recipe that lies there; other options\nchange it.",
         )
+        group = parser.add_argument_group("vocabulary")
+        group.add_argument(
+            "--vocabulary",
+            dest="vocabulary_scripts",
+            type=options_of(VocabularySettings)["scripts"].kind.parse,
+            metavar="SCRIPT,...",
+            help="Keep only tokens of these scripts, like ascii or latin,cyrillic, before anything\n"
+            "else is done (see comp vocabulary --help).",
+        )
+        known, defaults = Vocabulary.options(), defaults_of(VocabularySettings)
+        arguments.add_options(group, known, defaults, without={"scripts"}, prefix="vocabulary_")
         arguments.add_pruning_arguments(parser)
         group = parser.add_argument_group("distillation")
         group.add_argument(
@@ -104,6 +117,7 @@ class CompressCommand(CompSubcommand):
         from optimum_comp.stages.export import Export
         from optimum_comp.stages.quantize import QuantizeSettings, SampleSettings
         from optimum_comp.stages.recipe import Recipe, find
+        from optimum_comp.stages.vocabulary import Vocabulary
 
         args = self.args
         if args.resume and args.recipe is not None:
@@ -137,6 +151,9 @@ class CompressCommand(CompSubcommand):
             distil = {"time": None, "steps": None, **distil}
         if args.distil or distil:
             stages["distil"] = distil
+        vocabulary = given_options(args, Vocabulary.options(), prefix="vocabulary_")
+        if vocabulary:
+            stages["vocabulary"] = vocabulary
         if args.bundle is not None or args.ort_format:
             stages["bundle"] = {"ort_format": True} if args.ort_format else {}
         changes: dict[str, Any] = {

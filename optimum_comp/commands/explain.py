@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from optimum_comp.report.explain import Run
 
 QUANTIZATION_RECORD = "ort_config.json"
-_TAKES = "explain takes what comp prune (finished or not), comp quantize or comp compress has written"
+_TAKES = "explain takes what comp prune (finished or not), vocabulary, distil, quantize or compress has written"
 
 
 class ExplainCommand(CompSubcommand):
@@ -48,7 +48,8 @@ def explain(folder: Path, layer: int | None = None) -> dict[str, dict[str, Any]]
         layer: only this layer of the dense model, and only what pruning decided.
 
     Returns:
-        Name of the folder -> what `explain_pruning`, `explain_distillation` or `explain_quantization` says.
+        Name of the folder -> what `explain_vocabulary`, `explain_pruning`, `explain_distillation` or
+        `explain_quantization` says.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -68,15 +69,22 @@ def explain(folder: Path, layer: int | None = None) -> dict[str, dict[str, Any]]
 
 
 def _explain_one(folder: Path, layer: int | None) -> dict[str, Any] | None:
-    from optimum_comp.files import DISTILLATION
-    from optimum_comp.report.explain import explain_distillation, explain_pruning, explain_quantization
+    from optimum_comp.files import DISTILLATION, VOCABULARY
+    from optimum_comp.report.explain import (
+        explain_distillation,
+        explain_pruning,
+        explain_quantization,
+        explain_vocabulary,
+    )
 
-    if layer is None and (folder / DISTILLATION).is_file():
-        # How it was pruned is said of the folder that it was made of, and with --layer.
+    # What was done last; how it was pruned is said of the folder that it was made of, and with --layer.
+    for name, told in ((VOCABULARY, explain_vocabulary), (DISTILLATION, explain_distillation)):
+        if layer is not None or not (folder / name).is_file():
+            continue
         try:
-            return explain_distillation(_read(folder / DISTILLATION))
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{folder / DISTILLATION} is damaged ({type(error).__name__}: {error}).") from error
+            return told(_read(folder / name))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{folder / name} is damaged ({type(error).__name__}: {error}).") from error
     run = _pruning_run(folder)
     if run is not None:
         return explain_pruning(run, layer)

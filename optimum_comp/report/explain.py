@@ -625,7 +625,69 @@ def distillation_text(name: str, found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-_TEXTS = {"pruning": pruning_text, "distillation": distillation_text, "quantization": quantization_text}
+def explain_vocabulary(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Which tokens went, for JSON.
+
+    Args:
+        record: what `comp_vocabulary.json` holds.
+    """
+    told = ("model", "chosen_by", "tokens_before", "tokens_after", "parameters_before", "parameters_after", "merges")
+    return {
+        "kind": "vocabulary",
+        **{name: record[name] for name in told},
+        "max_tokens": record["settings"].get("max_tokens"),
+        "scripts": {name: {"before": before, "after": after} for name, (before, after) in record["scripts"].items()},
+        "texts": {
+            name: {each: text[each] for each in ("tokens", "distinct", "kept")}
+            for name, text in record["texts"].items()
+        },
+    }
+
+
+def vocabulary_text(name: str, found: Mapping[str, Any]) -> str:
+    """What `explain_vocabulary` found, in words.
+
+    Args:
+        name: of the folder.
+        found: what it found.
+    """
+    before, after = found["parameters_before"], found["parameters_after"]
+    limit = "" if found["max_tokens"] is None else f", {found['max_tokens']:,} at most"
+    lines = [
+        _filled(
+            f"{name}: {found['model']} with {found['tokens_after']:,} of its {found['tokens_before']:,} tokens, "
+            f"chosen by {found['chosen_by']}{limit}; {before:,} -> {after:,} parameters "
+            f"({_share(1 - after / before)} fewer)."
+        )
+    ]
+    if found["merges"] is not None:
+        merges = found["merges"]
+        lines.append(
+            _filled(f"Of {merges[0]:,} merges {merges[1]:,} stay: those whose parts and product are tokens still.", 2)
+        )
+    lines.append(_filled("Tokens by what they are of:", 2))
+    rows = [("", "before", "after", "stay")]
+    for kind, each in found["scripts"].items():
+        rows.append((kind, f"{each['before']:,}", f"{each['after']:,}", _share(each["after"] / each["before"])))
+    lines += [f"    {line}" for line in _aligned(rows)]
+    for text, told in found["texts"].items():
+        lines.append(
+            _filled(
+                f"Of {text}'s {told['tokens']:,} tokens, {told['distinct']:,} distinct ones, {_share(told['kept'])} "
+                f"stay{'; the others fall to pieces' if told['kept'] < 1 else ''}.",
+                2,
+            )
+        )
+    lines.append(_filled("comp_vocabulary.json holds the ids that the tokens had.", 2))
+    return "\n".join(lines)
+
+
+_TEXTS = {
+    "vocabulary": vocabulary_text,
+    "pruning": pruning_text,
+    "distillation": distillation_text,
+    "quantization": quantization_text,
+}
 
 
 def _filled(text: str, indent: int = 0, hanging: int | None = None) -> str:

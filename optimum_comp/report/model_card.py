@@ -67,6 +67,40 @@ def trained_card(card: str, teacher: str, steps: int, tokens: int, texts: Sequen
     return card.replace(_UNTRAINED, trained)
 
 
+_CUT = """# {title}
+
+{base} with fewer tokens, made by optimum-comp. It is a plain `transformers` checkpoint, with its tokenizer:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("this-folder")
+tokenizer = AutoTokenizer.from_pretrained("this-folder")
+```
+"""
+_CUT_NOTE = """
+Of {before:,} tokens {after:,} stayed (by {chosen}), which takes {less:.1%} of the parameters. A text whose tokens all
+stayed is read as before, any other one in smaller pieces. Perplexity isn't comparable with that of the model before;
+bits per byte are (`optimum-cli comp eval`). `comp_vocabulary.json` holds the tokens' ids before.
+"""
+
+
+def cut_card(card: str | None, model: str, before: int, after: int, chosen: str, less: float) -> str:
+    """The card of a model with fewer tokens.
+
+    Args:
+        card: as pruning wrote it; `None` where the model wasn't pruned.
+        model: name of the model before.
+        before: tokens that it had.
+        after: tokens that it has.
+        chosen: what chose them.
+        less: share of the parameters that went.
+    """
+    if card is None:
+        card = _CUT.format(title=f"{model}, {after:,} tokens", base=f"`{model}`")
+    return card + _CUT_NOTE.format(before=before, after=after, chosen=chosen, less=less)
+
+
 def model_card(report: CompReport, config: CompConfig, base_model: str | None) -> ModelCard:
     """A model card with the run's numbers.
 

@@ -13,6 +13,7 @@ _HEADER = (
     "parameters",
     "file size",
     "perplexity",
+    "bits/byte",
     "prefill tok/s",
     "long prefill tok/s",
     "decode tok/s",
@@ -25,7 +26,7 @@ _HEADER = (
 def evaluation_table(results: Mapping[str, Evaluation]) -> str:
     """A Markdown table with a row a model, what the numbers mean below it, and the models' answers.
 
-    Where there are several perplexities, each has its ratio to the first row's.
+    Where there are several perplexities, each has its ratio to the first row's, if both have one vocabulary.
     """
     parts = (_markdown(comparison_rows(results)), _legend(results), _answers(results))
     return "\n\n".join(part for part in parts if part)
@@ -33,23 +34,24 @@ def evaluation_table(results: Mapping[str, Evaluation]) -> str:
 
 def comparison_rows(results: Mapping[str, Evaluation]) -> list[tuple[str, ...]]:
     """The table's cells, its header first; columns that nobody has measured are left out."""
-    base = next(iter(results.values())).perplexity
+    base = next(iter(results.values()))
     rows = [_HEADER, *(_row(name, result, base, len(results) > 1) for name, result in results.items())]
     told = [any(row[column] != "-" for row in rows[1:]) for column in range(len(_HEADER))]
     return [tuple(cell for cell, shown in zip(row, told, strict=True) if shown) for row in rows]
 
 
-def _row(name: str, result: Evaluation, base: float | None, compare: bool) -> tuple[str, ...]:
+def _row(name: str, result: Evaluation, base: Evaluation, compare: bool) -> tuple[str, ...]:
     perplexity = "-"
     if result.perplexity is not None:
         perplexity = f"{result.perplexity:.2f}"
-        if compare and base:
-            perplexity += f" ({result.perplexity / base:.3f}x)"
+        if compare and base.perplexity and result.vocabulary == base.vocabulary:
+            perplexity += f" ({result.perplexity / base.perplexity:.3f}x)"
     return (
         name,
         f"{result.parameters / 1e6:.1f} M",
         format_bytes(result.size_bytes),
         perplexity,
+        "-" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f}",
         _number(result.prefill_tokens_per_second),
         _number(result.long_prefill_tokens_per_second),
         _number(result.decode_tokens_per_second),
@@ -86,6 +88,8 @@ def _legend(results: Mapping[str, Evaluation]) -> str:
             "don't overlap"
             + (f" and begin with {result.start!r}, which isn't predicted." if result.begins_with else ".")
         )
+        if len({each.vocabulary for each in results.values()}) > 1:
+            notes.append("Vocabularies differ, so perplexities aren't comparable; bits per byte of text are.")
     if result.prompt_tokens:
         notes.append(
             f"Throughput and time to the first token at batch 1 with a prompt of {result.prompt_tokens} tokens"

@@ -39,6 +39,7 @@ from optimum_comp.files import (
     DISTILLATION,
     JOURNAL,
     RECIPE,
+    VOCABULARY,
     atomic_folder,
     check_folder,
     check_model,
@@ -66,6 +67,7 @@ from optimum_comp.stages.distil import Distil
 from optimum_comp.stages.prune import Prune
 from optimum_comp.stages.quantize import HELD_OUT, Quantize, SampleSettings
 from optimum_comp.stages.recipe import LOADING, Recipe
+from optimum_comp.stages.vocabulary import Vocabulary
 from optimum_comp.strict_json import read_object
 from optimum_comp.sweep.journal import Journal
 from optimum_comp.sweep.memory import check_disk
@@ -189,17 +191,46 @@ class Chain:
 
     @property
     def pruner(self) -> CompPruner:
-        """The dense model, opened for pruning."""
+        """The model that is pruned, opened for it; the dense one as long as the one with fewer tokens isn't there."""
         if self._pruner is None:
             prune = self._stage(Prune)
             device = None if prune is None else prune.running.device
-            self._pruner = CompPruner.from_pretrained(self.model, device=device, **self.loading)
+            is_there = self.has_base
+            model, loading = (self.base_model, self.base_loading) if is_there else (self.model, self.loading)
+            self._pruner = CompPruner.from_pretrained(model, device=device, **loading)
         return self._pruner
 
     @property
     def prunes(self) -> bool:
         """Whether it prunes."""
         return self._stage(Prune) is not None
+
+    @cached_property
+    def base(self) -> Artifact:
+        """What is pruned, sampled and learnt from: the dense model, or what is made of it with fewer tokens."""
+        stage = self._stage(Vocabulary)
+        if stage is None:
+            return self.dense
+        name = stage.place(DENSE)
+        return Artifact(name, str(self.output / name), CHECKPOINT, key_of(stage, self.dense.key, self))
+
+    @property
+    def has_base(self) -> bool:
+        """Whether it is there."""
+        return self.base.name == DENSE or recorded_key(self.base.folder) == self.base.key
+
+    @property
+    def base_model(self) -> str:
+        """Its folder, or hub id."""
+        return self.base.place
+
+    @property
+    def base_loading(self) -> dict[str, Any]:
+        """How it is loaded, under the names of `from_pretrained`."""
+        if self.base.name == DENSE:
+            return self.loading
+        # It lies here, as safetensors.
+        return {name: value for name, value in self.loading.items() if name in ("dtype", "trust_remote_code")}
 
     @property
     def target(self) -> str:
@@ -222,7 +253,13 @@ class Chain:
     def parameters_after(self) -> int:
         """Parameters of the model that is quantized, about."""
         prune = self._stage(Prune)
-        return self._parameters - (0 if prune is None else self.pruner.plan(prune.config).parameters)
+        return self.parameters_of_base - (0 if prune is None else self.pruner.plan(prune.config).parameters)
+
+    @cached_property
+    def parameters_of_base(self) -> int:
+        """Parameters of the model that is pruned."""
+        vocabulary = self._stage(Vocabulary)
+        return self._parameters - (0 if vocabulary is None else vocabulary.sizes(self)[0])
 
     @cached_property
     def bytes_per_parameter(self) -> float:
@@ -241,7 +278,9 @@ class Chain:
     @property
     def sizes(self) -> ModelSizes:
         """The same of the model that is exported."""
-        return dataclasses.replace(self.dense_sizes, parameters=self.parameters_after)
+        stage = self._stage(Vocabulary)
+        tokens = self.dense_sizes.vocabulary if stage is None else stage.sizes(self)[1]
+        return dataclasses.replace(self.dense_sizes, parameters=self.parameters_after, vocabulary=tokens)
 
     @property
     def sequence_length(self) -> int:
@@ -286,7 +325,7 @@ class Chain:
         """The key under which calibration samples are kept."""
         config, source, column = self._sampling()
         fields = {name: getattr(config, name) for name in ("num_samples", "sequence_length", "seed", "begin")}
-        return digest({"model": self.dense.key, "source": source_identity(source), "column": column, **fields})
+        return digest({"model": self.base.key, "source": source_identity(source), "column": column, **fields})
 
     def _sampling(self) -> tuple[CompConfig, CalibrationSource | None, str | None]:
         """How samples are made: their number and length, the source, and the column of it that holds text."""
@@ -354,11 +393,17 @@ class Chain:
             self._tell_plan()
             source = self._sampling()[1]
             wants_samples = any(not step.is_there and step.stage.wants_samples for step in self._steps)
+            for step in self._steps:
+                if isinstance(step.stage, Vocabulary):
+                    # Samples are of its tokens.
+                    self._make(step)
             if wants_samples and not is_self(source):
                 # Said before anything takes long: that there is too little text.
                 self.samples()
             settings = self._measured(self.dense, self.measure)
             for step in self._steps:
+                if step.made.name in self._done:
+                    continue
                 if step.made.kind == BUNDLE:
                     # The models are measured before they are put together.
                     self._measure_all(settings)
@@ -503,7 +548,7 @@ class Chain:
             cost = Cost(time.perf_counter() - started, result.get("peak_memory_bytes"), size)
             outcome.results[stage.name], outcome.costs[stage.name] = result, cost
             self._note(step.made, result=result, cost=dataclasses.asdict(cost))
-        if isinstance(stage, Prune):
+        if isinstance(stage, (Prune, Vocabulary)):
             # Its memory is wanted by what follows.
             self._pruner = None
             gc.collect()
@@ -639,6 +684,8 @@ def _told(step: _Step) -> dict[str, Any]:
         return CompReport.load(step.folder).summary()
     if isinstance(step.stage, Distil):
         return read_object(step.folder / DISTILLATION)
+    if isinstance(step.stage, Vocabulary):
+        return {name: value for name, value in read_object(step.folder / VOCABULARY).items() if name != "kept"}
     return {}
 
 

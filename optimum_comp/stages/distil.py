@@ -18,7 +18,7 @@ from optimum_comp.distillation.settings import DistilSettings
 from optimum_comp.distillation.texts import sources_of
 from optimum_comp.files import file_digest
 from optimum_comp.options import Option, Text, options_of
-from optimum_comp.stages.base import CHECKPOINT, Artifact, Stage, source_identity, written_source
+from optimum_comp.stages.base import CHECKPOINT, DENSE, Artifact, Stage, source_identity, written_source
 from optimum_comp.utils import lookup_arguments
 
 
@@ -27,7 +27,9 @@ _SAMPLES = "calibration samples"
 """Name of text that only memory holds; the samples that were taken of it are kept."""
 
 TEACHER = Option(
-    Text("a folder or hub id"), "The model whose predictions are learnt; in a chain, the dense one.", optional=True
+    Text("a folder or hub id"),
+    "The model whose predictions are learnt; in a chain, the one that is pruned.",
+    optional=True,
 )
 
 
@@ -92,13 +94,13 @@ class Distil(Stage):
             **self.settings.to_dict(),
             "device": (self.settings.device or "cpu").split(":")[0],
             "text": text,
-            "teacher": chain.dense.key if self.teacher is None else _model_identity(self.teacher),
+            "teacher": chain.base.key if self.teacher is None else _model_identity(self.teacher),
         }
 
     def place(self, before: str) -> str:
         """See `Stage`; beside each other for different bits, so that one is there still where the other is made."""
         name = "distilled" if self.settings.rounding is None else f"distilled-for-{self.settings.rounding}"
-        return name if before == "dense" else f"{before}-{name}"
+        return name if before == DENSE else f"{before}-{name}"
 
     def check(self, chain: Any) -> None:
         """See `Stage`."""
@@ -111,6 +113,11 @@ class Distil(Stage):
             )
         if any(each.startswith(IN_MEMORY) for each in self._asked.text or []):
             raise ValueError("the text to distil on was given in memory, and no file holds it; give it anew.")
+        if self.teacher is not None and chain.base.name != DENSE:
+            raise ValueError(
+                f"teacher={self.teacher!r} has another vocabulary than the model that is made, which distillation "
+                "can't compare; leave it away: then the model that is pruned teaches."
+            )
         find_device(self.settings.device)
         student = open_config(chain.model, lookup_arguments(chain.loading))
         check_settings(student, self._teacher_config(chain), self.settings)
@@ -151,10 +158,10 @@ class Distil(Stage):
             known = {_SAMPLES: samples.tokens[:, 0 if samples.beginning is None else len(samples.beginning.tokens) :]}
         found = distil(
             chain.local(source),
-            chain.model if self.teacher is None else self.teacher,
+            chain.base_model if self.teacher is None else self.teacher,
             target,
             dataclasses.replace(self.settings, text=text),
-            teacher_arguments=chain.loading if self.teacher is None else {},
+            teacher_arguments=chain.base_loading if self.teacher is None else {},
             known=known,
             max_memory=chain.max_memory,
             overwrite=chain.overwrite,

@@ -13,6 +13,7 @@ from optimum_comp.files import JOURNAL
 from optimum_comp.options import Choice, Integer, Option, Text, column_option, option, options_of, settings_class
 from optimum_comp.stages.base import (
     CHECKPOINT,
+    DENSE,
     IN_MEMORY,
     Artifact,
     Stage,
@@ -123,7 +124,7 @@ class Prune(Stage):
 
     def place(self, before: str) -> str:
         """See `Stage`."""
-        return "pruned"
+        return "pruned" if before == DENSE else f"{before}-pruned"
 
     def check(self, chain: Any) -> None:
         """See `Stage`."""

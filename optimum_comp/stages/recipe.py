@@ -20,10 +20,11 @@ from optimum_comp.stages.distil import Distil
 from optimum_comp.stages.export import Export
 from optimum_comp.stages.prune import Prune
 from optimum_comp.stages.quantize import Quantize
+from optimum_comp.stages.vocabulary import Vocabulary
 
 
 FORMAT = 1
-STAGES: dict[str, type[Stage]] = {stage.name: stage for stage in (Prune, Distil, Export, Quantize, Bundle)}
+STAGES: dict[str, type[Stage]] = {stage.name: stage for stage in (Vocabulary, Prune, Distil, Export, Quantize, Bundle)}
 """Every stage, in the order in which those that are asked for follow each other."""
 
 LOADING = {
