@@ -126,7 +126,7 @@ def test_logits_in_parts_are_those_of_the_whole(helps, monkeypatch):
     samples, spans = list(tiny_blocks(2, 32).split(1)), [(2, 32), (1, 31)]
     want = losses_of_model(model)(samples, spans)
     for logits in (1, 128 * 7, 128 * 64):
-        monkeypatch.setattr("optimum_comp.beginning._LOGITS", logits)
+        monkeypatch.setattr("optimum_comp.sweep.runner._LOGITS", logits)
         source = ResidentModel(model, family_of(model.config))
         assert losses_of_source(source)(samples, spans) == pytest.approx(want, rel=1e-5)
 
