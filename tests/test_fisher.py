@@ -137,7 +137,7 @@ def test_a_layer_at_a_time_finds_what_autograd_finds_at_once(name, streamed, tmp
         runner = LayerRunner(source, tokens[:1], torch.float32)
         states = ActivationStore((layers + 1) * 3, 32, hidden, torch.float32, tmp_path / "trace")
         moments = ActivationStore(layers, hidden, hidden, torch.float32)
-        output_moments(runner, tokens, ranks, states, moments, 5)
+        assert output_moments(runner, tokens, ranks, states, moments, 5)
     for index, moment in enumerate(want):
         got = moments.read(slice(index, index + 1), torch.device("cpu"), torch.float32)[0]
         torch.testing.assert_close(got, moment, rtol=1e-3, atol=1e-4 * float(moment.abs().max()))

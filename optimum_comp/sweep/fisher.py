@@ -31,6 +31,7 @@ class _Forwards:
 
     def __init__(self, runner: LayerRunner, states: ActivationStore, samples: int, progress: tqdm):
         self._runner, self._states, self._samples, self._progress = runner, states, samples, progress
+        self.broken = torch.zeros(1)
 
     def visit(self, index: int, layer: nn.Module) -> None:
         source = self._runner.source
@@ -38,7 +39,9 @@ class _Forwards:
             there = index * self._samples + number
             hidden = self._states.read(slice(there, there + 1), source.device, source.compute_dtype)
             there += self._samples
-            self._states.write(slice(there, there + 1), self._runner.run(index, hidden))
+            output = self._runner.run(index, hidden)
+            self.broken += not torch.isfinite(output).all()
+            self._states.write(slice(there, there + 1), output)
 
     def leave(self, index: int) -> None:
         self._progress.update()
@@ -84,7 +87,7 @@ class _Backwards:
 
 def output_moments(
     runner: LayerRunner, tokens: Tensor, ranks: Ranks, states: ActivationStore, moments: ActivationStore, seed: int
-) -> None:
+) -> bool:
     """Second moments of the loss's gradient behind every decoder layer, of the dense model.
 
     Next tokens are drawn from the model's own predictions, so that this is the Fisher information and not its
@@ -98,8 +101,11 @@ def output_moments(
         moments: where the result goes, `[layers, hidden, hidden]`.
         seed: of what is drawn.
 
+    Returns:
+        Whether there are any: not where hidden states are NaN or infinite.
+
     Raises:
-        FloatingPointError: a prediction is NaN or infinite.
+        FloatingPointError: a prediction is NaN or infinite though no hidden state is.
     """
     source, rows = runner.source, fisher_rows(len(tokens), ranks)
     layers, count = range(len(source.layers)), len(rows)
@@ -109,7 +115,11 @@ def output_moments(
             states.write(slice(number, number + 1), runner.embed(sample))
     disable = progress_disabled() or not ranks.is_first
     with tqdm(total=2 * len(layers), desc="Looking for what matters", unit="layer", disable=disable) as progress:
-        sweep(source, layers, _Forwards(runner, states, count, progress))
+        forwards = _Forwards(runner, states, count, progress)
+        sweep(source, layers, forwards)
+        ranks.sum_(forwards.broken)
+        if forwards.broken:
+            return False
         gradients = []
         with source.outside(head=True):
             for number, (row, sample) in enumerate(zip(rows, samples, strict=True)):
@@ -118,6 +128,7 @@ def output_moments(
                 generator = torch.Generator().manual_seed(1_000_003 * seed + row)
                 gradients.append(_gradient_of_loss(runner, sample, last, generator))
         sweep(source, reversed(layers), _Backwards(runner, states, gradients, moments, ranks, progress))
+    return True
 
 
 def _gradient_of_loss(runner: LayerRunner, sample: Tensor, last: Tensor, generator: torch.Generator) -> Tensor:

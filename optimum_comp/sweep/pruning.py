@@ -357,9 +357,10 @@ class PruningRun:
         states = self._made("trace", ((layers + 1) * rows, length, self._hidden), STATE_DTYPE, self._folder)
         moments = self._made("fisher", (layers, self._hidden, self._hidden), torch.float32, self._folder)
         with self.clock("gradients"):
-            output_moments(self._runner, self._tokens, self.ranks, states, moments, self.config.seed)
+            found = output_moments(self._runner, self._tokens, self.ranks, states, moments, self.config.seed)
         states.close()
-        self._fisher = moments
+        # Where hidden states overflow, observing the layer that it comes from says so, and names it.
+        self._fisher = moments if found else None
 
     def _root(self, index: int, like: Tensor) -> Tensor | None:
         """By which errors behind a layer are measured, in another tensor's dtype and place."""
