@@ -66,7 +66,7 @@ RUNS = {
     "evaluate onnx": "evaluate(made / 'onnx', settings)",
     "evaluate quantized": "evaluate(made / 'int4', settings)",
     "bundle": "from optimum_comp.bundle import write_bundle as f; "
-    "f(made / 'int4', made / 'bundle', target='any', ort_format=True, checkpoint=model)",
+    "f(made / 'int4', made / 'bundle', target='any', ort_format=True)",
 }
 
 
