@@ -42,7 +42,7 @@ def numbers(pattern: str, text: str) -> list[float]:
 @pytest.fixture(scope="module")
 def pruned(real_model, tmp_path_factory) -> tuple[Path, str]:
     output = tmp_path_factory.mktemp("examples") / "pruned"
-    return output, example("prune_from_pretrained", "--model", real_model, "--samples", 4, output)
+    return output, example("prune_from_pretrained", "--model", real_model, "--samples", 16, output)
 
 
 def test_prune_from_pretrained(pruned):
@@ -51,7 +51,7 @@ def test_prune_from_pretrained(pruned):
     assert (before, after) == (134.5, round(count_parameters(AutoConfig.from_pretrained(folder)) / 1e6, 1))
     assert after < 0.86 * before
     dense, ours = numbers(r"perplexity ([\d.]+) -> ([\d.]+)", said)
-    # 1.48 times with four samples.
+    # So few samples of 256 tokens cost some quality.
     assert dense < ours < 1.7 * dense
 
 
