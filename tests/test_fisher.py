@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from conftest import tiny_blocks, tiny_model
 from torch.nn import functional
 
 from optimum_comp import CompConfig, CompPruner
@@ -21,7 +22,6 @@ from optimum_comp.sweep.fisher import FISHER_SAMPLES, STATE_DTYPE, fisher_rows, 
 from optimum_comp.sweep.ranks import Ranks
 from optimum_comp.sweep.runner import LayerRunner
 from optimum_comp.sweep.states import ActivationStore
-from tests.conftest import tiny_blocks, tiny_model
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
