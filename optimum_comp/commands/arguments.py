@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import textwrap
-from argparse import ArgumentParser, BooleanOptionalAction
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Container, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from optimum_comp.configuration import DEFAULTS, FIELDS, CompConfig
@@ -157,3 +158,17 @@ def add_measuring_arguments(parser: ArgumentParser, **defaults: Any) -> None:
 def measuring_settings(args: Any) -> dict[str, Any]:
     """Settings of `Settings` that the options describe."""
     return given_options(args, options_of(Settings))
+
+
+def output_behind_texts(args: Namespace) -> Path:
+    """The output folder of a command whose `--text` takes several files: right behind them, it is taken for one more.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if args.output is None and args.text is not None and len(args.text) > 1:
+        args.output = Path(args.text.pop())
+    if args.output is None:
+        raise ValueError("OUTPUT is missing: say which folder to make.")
+    output: Path = args.output
+    return output

@@ -50,24 +50,20 @@ class DistilCommand(CompSubcommand):
 
     def execute(self) -> None:
         """Distil, and print what was achieved."""
-        from optimum_comp.commands.arguments import given_options
+        from optimum_comp.commands.arguments import given_options, output_behind_texts
         from optimum_comp.distillation.run import distil
         from optimum_comp.distillation.settings import DistilSettings
         from optimum_comp.options import options_of, parse_bytes
 
         args = self.args
-        if args.output is None and args.text is not None and len(args.text) > 1:
-            # Behind --text, it is taken for another text.
-            args.output = Path(args.text.pop())
-        if args.output is None:
-            raise ValueError("OUTPUT is missing: say which folder to make.")
+        output = output_behind_texts(args)
         loading = given_options(args, ("gguf_file",))
         if args.trust_remote_code:
             loading["trust_remote_code"] = True
         found = distil(
             args.model,
             args.teacher,
-            args.output,
+            output,
             DistilSettings(**given_options(args, options_of(DistilSettings))),
             teacher_arguments=loading,
             max_memory=None if args.max_memory is None else parse_bytes(args.max_memory),

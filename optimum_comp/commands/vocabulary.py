@@ -41,21 +41,17 @@ class VocabularyCommand(CompSubcommand):
 
     def execute(self) -> None:
         """Write the model, and print what went."""
-        from optimum_comp.commands.arguments import given_options
+        from optimum_comp.commands.arguments import given_options, output_behind_texts
         from optimum_comp.options import options_of
         from optimum_comp.stages.recipe import LOADING
         from optimum_comp.vocabulary.run import shrink_vocabulary
         from optimum_comp.vocabulary.settings import VocabularySettings
 
         args = self.args
-        if args.output is None and args.text is not None and len(args.text) > 1:
-            # Behind --text, it is taken for another text.
-            args.output = Path(args.text.pop())
-        if args.output is None:
-            raise ValueError("OUTPUT is missing: say which folder to make.")
+        output = output_behind_texts(args)
         found = shrink_vocabulary(
             args.model,
-            args.output,
+            output,
             VocabularySettings(**given_options(args, options_of(VocabularySettings))),
             loading=given_options(args, LOADING),
             overwrite=args.overwrite,
