@@ -27,6 +27,7 @@ from optimum_comp.utils import explaining, shown
 AXES = ("ffn", "kv", "heads")
 LAYER_METRICS = ("cosine", "loss")
 NEURON_METRICS = ("condition", "condition_gram", "condition_mask", "wanda", "magnitude", "random")
+ALLOCATIONS = ("uniform", "adaptive")
 ERROR_NORMS = ("fisher", "euclidean")
 RECOVERY_METHODS = ("least_squares", "mask", "none")
 BEGINS = ("auto", "always", "never")
@@ -65,6 +66,11 @@ OPTIONS = {
         Number("[0, 1]"),
         "Share of the sparsity that attention takes, rounded down to whole key-value groups or query heads of every "
         "group.",
+    ),
+    "allocation": Option(
+        Choice(ALLOCATIONS),
+        "How many neurons each layer keeps: uniform (as many as every other), or adaptive (what costs least loss, to "
+        "second order; layers with fewer than the widest are filled up with zeros, and export leaves those out).",
     ),
     "axes": Option(
         Subset(AXES),
@@ -151,6 +157,7 @@ class CompConfig(BaseConfig):
         sparsity: float = 0.2,
         layer_fraction: float = 0.0,
         attention_fraction: float = 0.0,
+        allocation: str = "uniform",
         axes: list[str] | tuple[str, ...] = ("ffn", "kv"),
         layer_metric: str = "cosine",
         protected_layers: list[int] | tuple[int, ...] = (0, -1),
@@ -178,6 +185,11 @@ class CompConfig(BaseConfig):
             )
         if self.attention_fraction and self.axes == ["ffn"]:
             raise refuse("attention_fraction", attention_fraction, "0 where axes holds neither kv nor heads")
+        measures = self.resolved_neuron_metric.startswith("condition") and self.error_norm == "fisher"
+        if self.allocation == "adaptive" and not measures:
+            raise refuse(
+                "allocation", allocation, "uniform without error_norm=fisher and a matrix-condition neuron_metric"
+            )
         require_known(sorted(set(kwargs) - _BOOKKEEPING), FIELDS, "CompConfig")
         super().__init__()
 

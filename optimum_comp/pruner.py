@@ -32,10 +32,10 @@ from optimum_comp.checkpoint.source import ModelSource, ResidentModel, StreamedM
 from optimum_comp.checkpoint.tokenizer import has_tokenizer, open_tokenizer
 from optimum_comp.checkpoint.writer import fill_folder, upload
 from optimum_comp.configuration import CompConfig
-from optimum_comp.core.allocation import Allocation, allocate
+from optimum_comp.core.allocation import Allocation, allocate, uneven
 from optimum_comp.families import FFN, HEADS, KV, LAYERS, family_of, renumber
 from optimum_comp.families.check import check_family, check_plan, check_result, shape_of, units_after
-from optimum_comp.families.cutting import apply_to_config
+from optimum_comp.families.cutting import WIDTHS_FIELD, apply_to_config
 from optimum_comp.files import atomic_folder, check_model
 from optimum_comp.options import Integer, parse_bytes
 from optimum_comp.report.run import CompReport, library_versions
@@ -336,7 +336,9 @@ class CompPruner:
         products = self._ranks.from_first(products)
         before = parameter_count(self._source.model)
         after = before - allocation.parameters
-        disk = disk_bytes(work, plan, after, resumable=folder is not None)
+        # Layers of different widths take as much room as the widest, which may be as wide as before.
+        written = before if config.allocation == "adaptive" else after
+        disk = disk_bytes(work, plan, written, resumable=folder is not None)
         if folder is None or self._source.is_resident:
             self._scratch = make_scratch(disk, announced=self._ranks.is_first) if disk else None
         elif unfinished is None:
@@ -362,7 +364,9 @@ class CompPruner:
             )
             pruned = run.run()
         with contextlib.nullcontext() if journal is None else journal.kept(), run.clock("write"):
+            allocation = self._as_pruned(allocation, pruned)
             self._shrink(pruned, allocation)
+            after = before - allocation.parameters
             self.report = self._report(config, allocation, samples, products, pruned, before, after)
             self.config = config
             self._finish(destination, place, journal, max_shard_size)
@@ -537,6 +541,12 @@ class CompPruner:
             what = "hidden states and activations" if plan.spill_states else "activations"
             logger.info("Batches of %d samples; %s are kept in files.", plan.batch_size, what)
 
+    def _as_pruned(self, allocation: Allocation, pruned: Pruned) -> Allocation:
+        """What went, where layers have different widths."""
+        if not pruned.is_uneven:
+            return allocation
+        return uneven(shape_of(self._source, CompConfig(axes=[FFN])), allocation, pruned.widths)
+
     def _shrink(self, pruned: Pruned, allocation: Allocation) -> None:
         """Write the new depth and width into the model's config; of a model in memory, drop the removed layers."""
         source = self._source
@@ -548,6 +558,10 @@ class CompPruner:
         config = source.model.config
         kept = [layer.index for layer in pruned.layers]
         apply_to_config(source.family, config, kept, self._counts, units_after(self._counts, allocation.units))
+        if pruned.is_uneven:
+            setattr(config, WIDTHS_FIELD, pruned.widths)
+        elif hasattr(config, WIDTHS_FIELD):
+            delattr(config, WIDTHS_FIELD)
 
     def _report(
         self,
@@ -578,6 +592,7 @@ class CompPruner:
             versions=library_versions(),
             matmul_dtype=_dtype_name(products),
             ledger=list(allocation.ledger),
+            expected_costs=pruned.costs,
         )
 
     def _finish(

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from optimum_comp.core.allocation import Shape, allocate
+from optimum_comp.core.allocation import Shape, allocate, distribute, sizes_to_try
 from optimum_comp.core.layer_scores import least_important
 
 
@@ -149,3 +151,36 @@ def test_the_lowest_unprotected_scores_go(scores, data):
 def test_too_many_protected_layers_are_refused():
     with pytest.raises(ValueError, match="not protected"):
         least_important([0.1, 0.2], 2, {0})
+
+
+@given(
+    costs=st.lists(st.lists(st.floats(0, 10), min_size=4, max_size=4), min_size=1, max_size=4),
+    width=st.integers(13, 16),
+    budget=st.integers(4, 70),
+)
+def test_widths_cost_least_of_all_that_keep_to_the_budget(costs, width, budget):
+    sizes = sizes_to_try(width, 4, 4)
+    assert sizes == [width, 12, 8, 4]
+    # The widest is no multiple, and counts as the next one.
+    within = [
+        choice
+        for choice in itertools.product(range(4), repeat=len(costs))
+        if sum([16, 12, 8, 4][number] for number in choice) <= budget
+    ]
+    if not within:
+        with pytest.raises(ValueError, match="budget="):
+            distribute(sizes, costs, budget, 4)
+        return
+    widths = distribute(sizes, costs, budget, 4)
+    assert sum(widths) <= budget
+    cost = sum(of[sizes.index(each)] for of, each in zip(costs, widths, strict=True))
+    best = min(sum(of[number] for of, number in zip(costs, choice, strict=True)) for choice in within)
+    assert cost == pytest.approx(best)
+
+
+@given(width=st.integers(1, 200), least=st.integers(0, 200), step=st.sampled_from([1, 8, 32]))
+def test_sizes_to_try_descend_from_all_of_a_layer(width, least, step):
+    sizes = sizes_to_try(width, least, step)
+    assert sizes[0] == width and all(a > b for a, b in itertools.pairwise(sizes))
+    assert all(size % step == 0 and size > 0 for size in sizes[1:])
+    assert len(sizes) == 1 or sizes[-1] <= max(least, step)

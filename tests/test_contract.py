@@ -20,6 +20,7 @@ from tiny_families import CONFIGS, tiny_config, tiny_family
 from optimum_comp import CompConfig, CompPruner
 from optimum_comp.families import FAMILIES, FFN, HEADS, KV, LAYERS, family_of
 from optimum_comp.families.check import check_result
+from optimum_comp.families.cutting import filled_parameters
 
 
 SETTINGS = {"num_samples": 16, "sequence_length": 32, "round_to": 8}
@@ -29,6 +30,7 @@ VARIANTS = {
     HEADS: {"sparsity": 0.4, "axes": ["ffn", "heads"], "attention_fraction": 1.0},
     LAYERS: {"sparsity": 0.3, "layer_fraction": 1.0},
 }
+ADAPTIVE = {"sparsity": 0.2, "axes": ["ffn"], "allocation": "adaptive"}
 MAJOR = int(transformers.__version__.split(".")[0])
 FOUND: dict[str, dict[str, bool]] = {}
 """Config -> what the tests of this session found."""
@@ -71,7 +73,8 @@ def test_contract(name, tmp_path):
     torch.save(prompt, tmp_path / "prompt.pt")
     wanted: dict[str, torch.Tensor] = {}
     reasons = able(name)
-    for what, fields in {**VARIANTS, "everything": everything(name)}.items():
+    reasons["adaptive"] = reasons[FFN]
+    for what, fields in {**VARIANTS, "adaptive": ADAPTIVE, "everything": everything(name)}.items():
         if reasons.get(what) is not None:
             with pytest.raises(ValueError, match="can't be"):
                 prune(name, **fields)
@@ -84,10 +87,12 @@ def test_contract(name, tmp_path):
 
         # Really smaller, where it was to be, and by what the report says.
         assert report.parameters_before == dense
-        assert report.parameters_after == sum(p.numel() for p in pruner.model.parameters()) < dense
+        there = sum(p.numel() for p in pruner.model.parameters())
+        assert report.parameters_after == there - filled_parameters(pruner.model) < dense
+        assert what == "adaptive" or there == report.parameters_after
         assert report.achieved_sparsity >= fields["sparsity"]
         changed = {kind for kind, (before, after) in report.units.items() if after < before}
-        assert what == "everything" or what in changed or (what == LAYERS and report.removed_layers)
+        assert what in ("everything", "adaptive") or what in changed or (what == LAYERS and report.removed_layers)
         for layer in report.layers:
             # At most 0.54; 1 if nothing is left of what the units did.
             assert all(0 <= each.relative_error < 0.6 for each in layer.decisions)
@@ -135,7 +140,7 @@ def test_contract_of_the_export(name, tmp_path):
     from optimum_comp.onnx.export import export_onnx
     from optimum_comp.onnx.quantization import quantize_onnx
 
-    folder = prune(name, **everything(name)).save_pretrained(tmp_path / "pruned")
+    folder = prune(name, **everything(name), allocation="adaptive").save_pretrained(tmp_path / "pruned")
     exported = export_onnx(folder, tmp_path / "onnx")
     # At most 5e-7; the export itself refuses more than 1e-3.
     assert max(exported.max_difference_prefill, exported.max_difference_cached) < 3e-6

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from conftest import tiny_blocks, tiny_model
+from tiny_families import tiny_family
 from torch.nn import functional
 
 from optimum_comp import CompConfig, CompPruner
@@ -14,10 +15,12 @@ from optimum_comp.checkpoint.opening import open_source
 from optimum_comp.checkpoint.source import ResidentModel
 from optimum_comp.core.fisher import root_of
 from optimum_comp.core.gram import regularize
-from optimum_comp.core.quadratic import gram_form, group_importance, importance
+from optimum_comp.core.quadratic import gram_form, group_importance, importance, removal_costs
 from optimum_comp.core.recovery import problem_of, recover
 from optimum_comp.core.selection import reduce_channels
 from optimum_comp.families import family_of
+from optimum_comp.families.cutting import drop_dead_units
+from optimum_comp.report.explain import Run, explain_pruning, pruning_text
 from optimum_comp.sweep.fisher import FISHER_SAMPLES, STATE_DTYPE, fisher_rows, output_moments
 from optimum_comp.sweep.ranks import Ranks
 from optimum_comp.sweep.runner import LayerRunner
@@ -169,3 +172,75 @@ def test_the_norm_decides_what_goes_and_can_be_had_without():
     assert not CompConfig(neuron_metric="wanda").needs_fisher
     assert CompConfig(neuron_metric="wanda", recovery="mask").needs_fisher
     assert not CompConfig.from_preset("fasp").needs_fisher
+
+
+def test_removal_costs_are_the_measured_errors_of_what_is_left():
+    x, weight, root = problem()
+    given = gram_form(weight, regularize(x.T @ x, 1e-10))._replace(root=root)
+    kept, want = list(range(6)), [0.0]
+    for _ in range(3):
+        # One at a time: the one that adds least to what has gone already.
+        kept = min(([k for k in kept if k != j] for j in kept), key=lambda rest: measured_error(x, weight, rest, root))
+        want.append(measured_error(x, weight, kept, root))
+    costs = removal_costs(given._replace(matrix=given.matrix.clone()), [6, 5, 4, 3])
+    torch.testing.assert_close(torch.tensor(costs), torch.tensor(want), rtol=1e-6, atol=1e-9)
+    with pytest.raises(ValueError, match="descend"):
+        removal_costs(given, [5, 4])
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_adaptive_widths_cost_less_than_uniform_ones(name, tmp_path):
+    model = uneven_layers(name)
+    results = {}
+    for allocation in ("uniform", "adaptive"):
+        pruner = CompPruner.from_pretrained(uneven_layers(name))
+        config = CompConfig(sparsity=0.3, allocation=allocation, round_to=8, num_samples=16, sequence_length=32)
+        pruner.prune(config, tiny_blocks())
+        results[allocation] = pruner
+    uniform, adaptive = (results[each].report for each in ("uniform", "adaptive"))
+    assert len(set(uniform.widths)) == 1 < len(set(adaptive.widths))
+    # The layer that does next to nothing gives most; the budget is kept all the same.
+    assert adaptive.widths[1] == min(adaptive.widths) and adaptive.achieved_sparsity >= 0.3
+    assert adaptive.parameters_after <= uniform.parameters_after
+    assert len(adaptive.expected_costs) == 4 and min(adaptive.expected_costs) >= 0
+    explained = pruning_text("out", explain_pruning(Run.finished(adaptive, results["adaptive"].config)))
+    assert "nats a token in all were expected" in explained and "stay in a layer" in explained
+    tokens = tiny_blocks(4, seed=5)
+    with torch.no_grad():
+        wanted = model(tokens).logits.log_softmax(-1)
+        left = {}
+        for each, pruner in results.items():
+            found = pruner.model(tokens).logits.log_softmax(-1)
+            left[each] = functional.kl_div(found, wanted, log_target=True, reduction="batchmean")
+    assert left["adaptive"] < left["uniform"]
+    config = results["adaptive"].model.config
+    assert config.comp_widths == adaptive.widths and config.intermediate_size == max(adaptive.widths)
+    layers = results["adaptive"].layers
+    for layer, width in zip(layers, adaptive.widths, strict=True):
+        assert layer.mlp.down_proj.weight.shape[1] == max(adaptive.widths)
+        assert not layer.mlp.down_proj.weight[:, width:].any() and not layer.mlp.up_proj.weight[width:].any()
+        assert layer.mlp.down_proj.weight[:, :width].any(0).all()
+
+
+def uneven_layers(name: str):
+    """A model whose second layer's neurons do next to nothing."""
+    model = tiny_family(name)
+    layer = model.model.layers[1]
+    with torch.no_grad():
+        if hasattr(layer, "post_feedforward_layernorm"):
+            # Its gains are 1 more.
+            layer.post_feedforward_layernorm.weight.fill_(-0.99)
+        else:
+            layer.mlp.up_proj.weight.mul_(1e-2)
+    return model
+
+
+def test_a_dead_neuron_is_dropped_and_the_model_computes_the_same():
+    model, tokens = tiny_model("llama"), tiny_blocks(2)
+    family = family_of(model.config)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[:, 5:70] = 0
+        model.model.layers[2].mlp.down_proj.weight[:, :] = 0
+        wanted = model(tokens).logits
+        assert drop_dead_units(family, model, 32) == [32, 96, 32, 96]
+        torch.testing.assert_close(model(tokens).logits, wanted, rtol=0, atol=1e-6)

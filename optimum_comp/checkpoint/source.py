@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from optimum_comp.checkpoint.parts import write_part
 from optimum_comp.checkpoint.reader import Checkpoint
+from optimum_comp.core.surgery import Counts
 from optimum_comp.families import Family
-from optimum_comp.families.cutting import Cut, cut_layer, cut_parameter
+from optimum_comp.families.cutting import Cut, cut_layer, cut_parameter, fill_layer, fill_parameter
 from optimum_comp.sweep.folding import Factors, multiplied
 from optimum_comp.utils import get_logger, shown
 
@@ -63,7 +64,7 @@ class ModelSource(ABC):
         """A decoder layer of the dense model, at hand meanwhile."""
 
     @abstractmethod
-    def commit(self, index: int, place: int, cuts: Sequence[Cut], factors: Factors) -> None:
+    def commit(self, index: int, place: int, cuts: Sequence[Cut], factors: Factors, room: Counts) -> None:
         """Take a layer's pruned form.
 
         Args:
@@ -71,6 +72,7 @@ class ModelSource(ABC):
             place: its place in the pruned one.
             cuts: what goes from it, in the order in which it was found.
             factors: what the pruned layer's parameters are multiplied by.
+            room: units that it is then filled up to with zeros, of the kinds whose number differs by layer.
         """
 
     @abstractmethod
@@ -117,12 +119,13 @@ class ResidentModel(ModelSource):
         with in_dtype(list(layer.parameters()), self.compute_dtype):
             yield layer
 
-    def commit(self, index: int, place: int, cuts: Sequence[Cut], factors: Factors) -> None:
+    def commit(self, index: int, place: int, cuts: Sequence[Cut], factors: Factors, room: Counts) -> None:
         layer = self.layers[index]
         cut_layer(self.family, self.model.config, layer, cuts)
         for name, given in factors.items():
             parameter = layer.get_parameter(name)
             parameter.data = multiplied(parameter.data, given)
+        fill_layer(self.family, self.model.config, layer, cuts[-1].after, room)
 
     def whole(self) -> Any:
         return self.model
@@ -213,13 +216,15 @@ class StreamedModel(ModelSource):
             for name in names:
                 set_module_tensor_to_device(module, name, "meta")
 
-    def commit(self, index: int, place: int, cuts: Sequence[Cut], factors: Factors) -> None:
+    def commit(self, index: int, place: int, cuts: Sequence[Cut], factors: Factors, room: Counts) -> None:
         assert self.parts is not None
         layer, prefix = self.layers[index], self.family.layers
         tensors: dict[str, Tensor] = {}
         for name, _ in layer.named_parameters():
             value = cut_parameter(self.family, layer, name, self.read(f"{prefix}.{index}.{name}"), cuts)
-            tensors[f"{prefix}.{place}.{name}"] = multiplied(value, factors.get(name, [])).contiguous()
+            value = multiplied(value, factors.get(name, []))
+            value = fill_parameter(self.family, layer, name, value, cuts[-1].after, room)
+            tensors[f"{prefix}.{place}.{name}"] = value.contiguous()
         write_part(tensors, self.parts / part_name(place))
 
     def write_outside(self) -> list[Path]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,86 @@ def allocate(
         sparsity=removed / total,
         ledger=tuple(ledger),
     )
+
+
+def uneven(shape: Shape, allocation: Allocation, widths: Sequence[int]) -> Allocation:
+    """An allocation with a width for each layer that stays, in place of one for all.
+
+    Args:
+        shape: the model.
+        allocation: with the width of all.
+        widths: of the layers that stay.
+
+    Returns:
+        In its `units`, the width that every layer's matrices have room for.
+    """
+    before = len(widths) * (shape.width - allocation.width) * shape.neuron_parameters
+    taken = sum(shape.width - width for width in widths)
+    removed = allocation.parameters - before + taken * shape.neuron_parameters
+    *others, entry = allocation.ledger
+    least, most, mean = min(widths), max(widths), sum(widths) / len(widths)
+    reason = f"{entry.reason} By what they cost, {least} to {most} stay in a layer, {mean:.0f} on average."
+    taken_units = round(taken / len(widths))
+    neurons = replace(entry, taken_units=taken_units, taken_parameters=taken * shape.neuron_parameters, reason=reason)
+    return Allocation(
+        layers=allocation.layers,
+        units={**allocation.units, "ffn": most},
+        parameters=removed,
+        sparsity=removed / (shape.num_layers * shape.layer_parameters),
+        ledger=(*others, neurons),
+    )
+
+
+def sizes_to_try(width: int, least: int, step: int) -> list[int]:
+    """Sizes that a layer may have: all of it, and multiples of a step, descending to the first at `least` or below.
+
+    Args:
+        width: units of the layer.
+        least: that are to stay, about.
+        step: units between two sizes.
+    """
+    bottom = max(1, least // step)
+    top = (width - 1) // step
+    return [width, *(step * number for number in range(top, bottom - 1, -1))]
+
+
+def distribute(sizes: Sequence[int], costs: Sequence[Sequence[float]], budget: int, step: int) -> list[int]:
+    """Give each layer one of several sizes so that they keep to a budget together and cost least: the exact optimum.
+
+    A multiple-choice knapsack, by dynamic programming over the layers (Bellman): the least cost of the first layers
+    within every budget. Nothing is assumed of the costs; they needn't be convex.
+
+    Args:
+        sizes: that a layer may have, descending; all but the first are multiples of `step`.
+        costs: of each layer, for each of the sizes.
+        budget: that the sizes of all layers may add up to.
+        step: units between two sizes.
+
+    Returns:
+        A size for each layer.
+
+    Raises:
+        ValueError: even the smallest sizes are more than the budget.
+    """
+    # The first size may be no multiple: it counts as the next one, so that the budget holds in any case.
+    weights = [-(-size // step) for size in sizes]
+    room = budget // step
+    if weights[-1] * len(costs) > room:
+        raise ValueError(f"budget={budget}: {len(costs)} layers of {sizes[-1]} are {sizes[-1] * len(costs)} already.")
+    best = torch.zeros(room + 1, dtype=torch.float64)
+    chosen = torch.empty(len(costs), room + 1, dtype=torch.int64)
+    for layer, of_layer in enumerate(costs):
+        options = torch.full((len(sizes), room + 1), torch.inf, dtype=torch.float64)
+        for number, (weight, cost) in enumerate(zip(weights, of_layer, strict=True)):
+            if weight <= room:
+                options[number, weight:] = best[: room + 1 - weight] + cost
+        best, chosen[layer] = options.min(0)
+    found = []
+    for layer in reversed(range(len(costs))):
+        number = int(chosen[layer, room])
+        found.append(sizes[number])
+        room -= weights[number]
+    return found[::-1]
 
 
 def _neurons(shape: Shape, exact: float, width: int, layers: int, round_to: int) -> Entry:

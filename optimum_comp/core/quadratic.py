@@ -34,6 +34,8 @@ the steps, not the equations.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -221,22 +223,56 @@ class _Shrinking:
         targets = self._measured.T[channels]
         return torch.linalg.solve_triangular(factors, targets, upper=False).square().sum((1, 2))
 
-    def remove(self, block: Tensor) -> None:
-        """Have channels go together."""
+    def remove(self, block: Tensor) -> float:
+        """Have channels go together; returns by how much the measured error grows."""
         self.gone[block] = True
         rows, out = self.inverse[block], self.target[:, block]
         factor = torch.linalg.cholesky(rows[:, block])
-        self._cost += float((out.T * torch.cholesky_solve(out.T, factor)).sum())
+        added = measured = _quadratic(out, factor)
+        self._cost += added
         transfer = torch.cholesky_solve(rows, factor)
         if self._measured is not self.target:
-            self._measured.addmm_(self._measured[:, block], transfer, alpha=-1)
+            gone = self._measured[:, block]
+            measured = _quadratic(gone, factor)
+            self._measured.addmm_(gone, transfer, alpha=-1)
         self.target.addmm_(out, transfer, alpha=-1)
         self.inverse.addmm_(rows.T, transfer, alpha=-1)
+        return measured
 
     def result(self, scores: Tensor) -> Elimination:
         """What is left."""
         kept = torch.nonzero(~self.gone).flatten()
         return Elimination(kept, scores, self.target[:, kept] * self._scale[kept], self._cost)
+
+
+def _quadratic(rows: Tensor, factor: Tensor) -> float:
+    """`tr(T M⁻¹ Tᵀ)` of `T: [rows, p]` and the Cholesky factor of `M: [p, p]`."""
+    return float((rows.T * torch.cholesky_solve(rows.T, factor)).sum())
+
+
+def removal_costs(problem: Problem, keeps: Sequence[int]) -> list[float]:
+    """What removing ever more channels costs, the others re-fitted: the measured error at each of several sizes.
+
+    Channels go as in `eliminate`, a block at a time.
+
+    Args:
+        problem: targets and matrix; the matrix is overwritten.
+        keeps: how many channels stay, descending, the first one all of them.
+
+    Returns:
+        `Σ_rows (R (T* − T'))ᵀ Q (R (T* − T'))` for each of `keeps`; 0 for the first.
+
+    Raises:
+        ValueError: the sizes don't descend from that of the problem to 1 or more.
+    """
+    size = problem.matrix.shape[0]
+    if not keeps or keeps[0] != size or keeps[-1] < 1 or any(a <= b for a, b in pairwise(keeps)):
+        raise ValueError(f"keeps={list(keeps)}: need sizes that descend from {size} to 1 or more.")
+    left, costs = _Shrinking(problem, overwrite=True), [0.0]
+    for before, after in pairwise(keeps):
+        scores = left.importance().masked_fill(left.gone, torch.inf)
+        costs.append(costs[-1] + left.remove(torch.topk(scores, before - after, largest=False).indices))
+    return costs
 
 
 def eliminate(problem: Problem, keep: int, block_size: int, *, overwrite: bool = False) -> Elimination:

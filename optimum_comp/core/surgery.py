@@ -98,6 +98,29 @@ def cut(value: Tensor, layouts: Sequence[Layout], counts: Counts, kept: Kept) ->
     return value
 
 
+def fill(value: Tensor, layouts: Sequence[Layout], counts: Counts, after: Counts) -> Tensor:
+    """A parameter with units of zeros behind those of its kinds, part by part; `cut` would remove them again.
+
+    Args:
+        value: the parameter.
+        layouts: of its dimensions that are made of units.
+        counts: units that it has.
+        after: units that it is to have, of the kinds that grow.
+
+    Raises:
+        ValueError: a dimension isn't made of such units.
+    """
+    for layout in layouts:
+        if any(after.get(kind, counts[kind]) != counts[kind] for kind in layout.kinds):
+            size = layout.size_after(value.shape[layout.dim], counts, after)
+            there = {kind: torch.arange(counts[kind]) for kind in layout.kinds}
+            channels = layout.kept_channels(size, {**counts, **after}, there).to(value.device)
+            shape = list(value.shape)
+            shape[layout.dim] = size
+            value = value.new_zeros(shape).index_copy_(layout.dim, channels, value)
+    return value
+
+
 def shape_after(shape: Sequence[int], layouts: Sequence[Layout], counts: Counts, after: Counts) -> tuple[int, ...]:
     """The shape that `cut` would leave, from numbers of units alone.
 

@@ -34,6 +34,7 @@ from optimum_comp.distillation.settings import DistilSettings
 from optimum_comp.distillation.texts import Stream, TextBlocks, blocks_of, names_of, pieces_of, read_tokens, sources_of
 from optimum_comp.distillation.trainer import Clock, Distiller, arguments, name_best, read_state
 from optimum_comp.families import family_of
+from optimum_comp.families.cutting import dead_units
 from optimum_comp.files import (
     DISTILLATION,
     LOCK,
@@ -496,6 +497,7 @@ class _Run:
             looked_at = _spread([text.train for text in texts], _ROUNDING_SAMPLES)
             round_while_training(student.eval(), family, settings.rounding, looked_at)
         set_seed(settings.seed)
+        dead = dead_units(family, student)
         if rank:
             student = _with_lora(student, rank)
         trained = sum(each.numel() for each in student.parameters() if each.requires_grad)
@@ -534,6 +536,10 @@ class _Run:
             raise FloatingPointError("the trained model's predictions aren't finite; take a smaller learning_rate.")
         if rank:
             student = student.merge_and_unload()
+            # Low-rank additions know nothing of the zeros that fill up a layer.
+            with torch.no_grad():
+                for layer, mask in zip(family.get_layers(student), dead, strict=True):
+                    family.ffn.consumer.matrix(layer)[:, mask] = 0
         leave_rounded(student)
         result = Distillation(
             output=self.output,

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from optimum_comp.core.surgery import Counts, Kept, cut
-from optimum_comp.families.spec import HEADS, KV, Axis, Family
+from optimum_comp.core.surgery import Counts, Kept, cut, fill
+from optimum_comp.families.catalogue import family_of
+from optimum_comp.families.spec import FFN, HEADS, KV, Axis, Family
+
+
+WIDTHS_FIELD = "comp_widths"
+"""Field of a pruned model's config: how many neurons of each layer aren't zeros. Nothing reads it to run the model."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,66 @@ def cut_layer(family: Family, config: Any, layer: nn.Module, cuts: Sequence[Cut]
         _Surgeon(family, config, layer).cut(cuts, with_config=False)
 
 
+def fill_parameter(family: Family, layer: nn.Module, name: str, value: Tensor, counts: Counts, room: Counts) -> Tensor:
+    """One of a decoder layer's parameters with zeros for units that it doesn't have, which change nothing.
+
+    Args:
+        family: the family.
+        layer: the dense layer; only its modules are looked at.
+        name: of the parameter.
+        value: the parameter.
+        counts: units of each kind that it has.
+        room: units that it is to have, of the kinds that grow.
+    """
+    return fill(value, family.layouts(layer).get(name, ()), counts, room)
+
+
+def fill_layer(family: Family, config: Any, layer: nn.Module, counts: Counts, room: Counts) -> None:
+    """The same for a decoder layer in place; its config is left as it is."""
+    _Surgeon(family, config, layer).fill(counts, room)
+
+
+def dead_units(family: Family, model: Any) -> list[Tensor]:
+    """Of each layer, which neurons nothing is made of, `[neurons]`: their columns of their consumer are all zero."""
+    return [family.ffn.consumer.matrix(layer).detach().eq(0).all(0).cpu() for layer in family.get_layers(model)]
+
+
+def drop_dead_units(family: Family, model: Any, multiple: int) -> list[int]:
+    """Take out neurons that nothing is made of (see `dead_units`).
+
+    The model computes the same; its layers then may have different widths, which its config can't say.
+
+    Args:
+        family: the family.
+        model: a causal language model with its weights; changed.
+        multiple: widths stay multiples of this, as far as the layers' are.
+
+    Returns:
+        Each layer's width afterwards.
+    """
+    widths = []
+    for layer, dead in zip(family.get_layers(model), dead_units(family, model), strict=True):
+        counts, alive = family.counts(model.config, layer), ~dead
+        keep = min(len(alive), max(1, -(-int(alive.sum()) // multiple)) * multiple)
+        # Those that are alive, and the first others that a multiple has room for.
+        kept = torch.argsort(alive, descending=True, stable=True)[:keep].sort().values
+        if keep < len(alive):
+            cut_layer(family, model.config, layer, [Cut(family.ffn, counts, {FFN: kept})])
+        widths.append(keep)
+    return widths
+
+
+def filled_parameters(model: Any) -> int:
+    """Parameters of neurons of zeros that fill up a pruned model's layers, as its config tells."""
+    widths = getattr(model.config, WIDTHS_FIELD, None)
+    if not widths:
+        return 0
+    family = family_of(model.config)
+    config, layer = model.config, family.get_layers(model)[0]
+    whole = family.layer_parameters(config, layer, {})
+    return sum(whole - family.layer_parameters(config, layer, {FFN: width}) for width in widths)
+
+
 @contextlib.contextmanager
 def cut_meanwhile(family: Family, config: Any, layer: nn.Module, cuts: Sequence[Cut]) -> Iterator[None]:
     """A decoder layer, and the config that its code looks at, cut inside the block."""
@@ -100,10 +165,14 @@ class _Surgeon:
         self._family, self._config, self._layer = family, config, layer
         self._before: list[tuple[Any, str, Any]] = []
 
-    def cut(self, cuts: Sequence[Cut], *, with_config: bool) -> None:
+    def fill(self, counts: Counts, room: Counts) -> None:
+        self._replace(lambda name, value: fill_parameter(self._family, self._layer, name, value, counts, room))
+
+    def _replace(self, changed: Callable[[str, Tensor], Tensor]) -> None:
+        """Put other values in the place of all parameters that units go from."""
         family, layer = self._family, self._layer
         values = {
-            name: cut_parameter(family, layer, name, parameter.detach(), cuts)
+            name: changed(name, parameter.detach())
             for name, parameter in layer.named_parameters()
             if name in family.layouts(layer)
         }
@@ -114,6 +183,10 @@ class _Surgeon:
             self._set(module, kind, nn.Parameter(value.contiguous(), requires_grad=old.requires_grad))
             if kind == "weight" and value.dim() == 2:
                 self._resize(module, value)
+
+    def cut(self, cuts: Sequence[Cut], *, with_config: bool) -> None:
+        layer = self._layer
+        self._replace(lambda name, value: cut_parameter(self._family, layer, name, value, cuts))
         after = cuts[-1].after
         if any(KV in each.kept or HEADS in each.kept for each in cuts):
             for module in layer.modules():

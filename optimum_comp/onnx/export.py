@@ -31,6 +31,7 @@ from optimum_comp.onnx.parity import (
 from optimum_comp.onnx.registration import register_families
 from optimum_comp.onnx.runtime import is_transformers_5, require_onnxruntime
 from optimum_comp.onnx.tied import every_embedding_is_shared
+from optimum_comp.onnx.widths import real_widths
 from optimum_comp.utils import get_logger
 
 
@@ -159,7 +160,8 @@ def export_onnx(
 
 def _export_with_genai(source: Path, folder: Path) -> None:
     require_genai()
-    build_fused(source, folder)
+    with real_widths():
+        build_fused(source, folder)
     shutil.copyfile(source / "config.json", folder / "config.json")
     copy_companions(source, folder)
 
@@ -169,7 +171,7 @@ def _export_with_optimum(source: Path, folder: Path) -> None:
 
     register_families()
     # Its validation compares at 1e-5, prints every value that is off by more, and then succeeds anyway.
-    with every_embedding_is_shared():
+    with every_embedding_is_shared(), real_widths():
         main_export(str(source), output=folder, task="text-generation-with-past", dtype="fp32", do_validation=False)
     copy_companions(source, folder)
     open_cache(folder)

@@ -182,14 +182,16 @@ def _bridge(run: Run, removed: int) -> dict[str, Any]:
 
 def _layers(run: Run) -> list[dict[str, Any]]:
     gone = set(run.removed or ())
-    found = []
+    costs = None if run.report is None else run.report.expected_costs
+    found: list[dict[str, Any]] = []
     for layer in run.layers:
         behind = layer.index + 1
         while behind in gone:
             behind += 1
         axes = [_decision(run, layer, decision) for decision in layer.decisions]
         bridges = list(range(layer.index + 1, behind)) if layer.bridged else []
-        found.append({"layer": layer.index, "removed": False, "bridges": bridges, "axes": axes})
+        cost = None if costs is None else costs[len(found)]
+        found.append({"layer": layer.index, "removed": False, "bridges": bridges, "expected_cost": cost, "axes": axes})
     ranked = sorted(gone, key=lambda index: run.layer_scores[index])
     for index in gone:
         about = {"score": run.layer_scores[index], "rank": ranked.index(index) + 1, **_bridge(run, index)}
@@ -425,6 +427,12 @@ def _table(found: Mapping[str, Any]) -> list[str]:
         f"{_REPAIRS[settings['recovery']]}: squared, over the square of what the dense layer is to give. "
         f"{_aim(settings)}",
     ]
+    costs = [each["expected_cost"] for each in found["layers"] if not each["removed"]]
+    if None not in costs:
+        notes.append(
+            f"units: neurons are shared out by what they cost in loss, to second order: {sum(costs):.3g} nats a token "
+            "in all were expected."
+        )
     if any(each["unrepaired_error"] is None for layer in found["layers"] for each in layer.get("axes", ())):
         notes.append('unrepaired "-": not recorded in this report.')
     if any(each["swapped"] is None for layer in found["layers"] for each in layer.get("axes", ())):
@@ -484,7 +492,13 @@ def _one_layer(found: Mapping[str, Any]) -> list[str]:
         lines.append(f"  {plural}: {each['before']} -> {each['after']}")
         notes = []
         if each["before"] != each["after"]:
-            notes.append("As many go from every layer." + _sentence(reasons.get(each["axis"], "")))
+            cost = layer["expected_cost"] if each["axis"] == "ffn" else None
+            shared = (
+                "As many go from every layer."
+                if cost is None
+                else f"Widths were chosen by what they cost in loss: here {cost:.2g} nats a token were expected."
+            )
+            notes.append(shared + _sentence(reasons.get(each["axis"], "")))
             highest, lowest = each["highest_removed"], each["lowest_kept"]
             notes.append(
                 f"Highest score of a removed one: {_score(highest['score'])} ({single} {highest['unit']}). Lowest of "

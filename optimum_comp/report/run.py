@@ -99,6 +99,7 @@ class CompReport:
         units: kind of unit -> how many each layer had, and has now.
         matmul_dtype: what factors of matrix products were rounded to while layers ran.
         ledger: what was to go of each kind of unit, and what did; empty where nobody has recorded it.
+        expected_costs: nats a token that each layer's width was expected to cost; `None` where all have one width.
         seconds: wall time; of a run that was gone on with, since then.
         peak_memory_bytes: largest memory of the process so far.
         timings: seconds by kind of work.
@@ -118,6 +119,7 @@ class CompReport:
     versions: dict[str, str]
     matmul_dtype: str = "float32"
     ledger: list[Entry] = field(default_factory=list)
+    expected_costs: list[float] | None = None
     seconds: float = 0.0
     peak_memory_bytes: int = 0
     timings: dict[str, float] = field(default_factory=dict)
@@ -128,8 +130,13 @@ class CompReport:
 
     @property
     def width(self) -> int:
-        """Neurons of a feed-forward layer."""
+        """Neurons of a feed-forward layer; of the widest, where they differ."""
         return self.units["ffn"][1]
+
+    @property
+    def widths(self) -> list[int]:
+        """Neurons of each layer that stays."""
+        return [len(layer.kept) for layer in self.layers]
 
     @property
     def cache_share(self) -> float:
@@ -142,8 +149,13 @@ class CompReport:
         """What became smaller, in words."""
         names = {"ffn": "feed-forward width", "heads": "query heads", "kv": "key-value heads"}
         changed = [
-            f"{names[kind]} {before} -> {after}" for kind, (before, after) in self.units.items() if before != after
+            f"{names[kind]} {before} -> {after}"
+            for kind, (before, after) in self.units.items()
+            if before != after and (kind != "ffn" or self.expected_costs is None)
         ]
+        if self.expected_costs is not None:
+            to = f"{min(self.widths)} to {max(self.widths)}, filled up with zeros"
+            changed.insert(0, f"{names['ffn']} {self.units['ffn'][0]} -> {to}")
         if self.removed_layers:
             changed.append(f"without layers {', '.join(map(str, self.removed_layers))}")
         if self.cache_share < 1:

@@ -143,7 +143,8 @@ class Prune(Stage):
 
     def disk_bytes(self, chain: Any) -> int:
         """See `Stage`; layer by layer, and once more while the shards are put together."""
-        return 2 * int(chain.parameters_after * chain.bytes_per_parameter)
+        is_filled = self.config.allocation == "adaptive"
+        return 2 * int((chain.parameters_of_base if is_filled else chain.parameters_after) * chain.bytes_per_parameter)
 
     def run(self, source: Artifact, target: Path, chain: Any, record: Mapping[str, Any]) -> dict[str, Any]:
         """See `Stage`."""

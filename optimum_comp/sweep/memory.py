@@ -53,6 +53,7 @@ class Workload:
         head_parameters: of a language-model head that isn't the embedding.
         vocabulary: tokens that the model knows.
         gradients: samples whose gradients are looked at; 0 if none.
+        weighs_widths: what neurons cost is found for each layer first.
         variants: streams of hidden states of the loss metric, all in memory.
         variant_samples: samples of each.
     """
@@ -75,6 +76,7 @@ class Workload:
     head_parameters: int = 0
     vocabulary: int = 0
     gradients: int = 0
+    weighs_widths: bool = False
     variants: int = 0
     variant_samples: int = 0
 
@@ -212,6 +214,7 @@ def workload_of(
         head_parameters=own_head,
         vocabulary=source.model.config.vocab_size,
         gradients=ranks.share(min(FISHER_SAMPLES, config.num_samples)) if config.needs_fisher else 0,
+        weighs_widths=config.allocation == "adaptive",
         variants=len(source.layers) if by_loss else 0,
         variant_samples=min(LOSS_SAMPLES, config.num_samples) if by_loss else 0,
     )
@@ -365,7 +368,9 @@ def expected_seconds(work: Workload, seconds_per_layer: float) -> tuple[float, f
     # Choosing and repairing a layer takes about as long as eight factorisations.
     solving = 8 * (time.perf_counter() - started) * (work.width / size) ** 3 * work.layers
     forward = seconds_per_layer * work.layers * work.samples
-    return 1.5 * forward + 0.5 * solving, 3 * forward + 2 * solving
+    least, most = 1.5 * forward + 0.5 * solving, 3 * forward + 2 * solving
+    # Weighing widths takes the dense model through once more, and eliminates in each layer.
+    return (1.5 * least, 1.5 * most) if work.weighs_widths else (least, most)
 
 
 def good_batch_size(length: int, device: torch.device) -> int:

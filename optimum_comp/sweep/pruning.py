@@ -13,6 +13,7 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from optimum_comp.configuration import CompConfig
+from optimum_comp.core.allocation import sizes_to_try
 from optimum_comp.core.equalization import find_scales, room_of
 from optimum_comp.core.fisher import root_of
 from optimum_comp.core.gram import GramAccumulator, add_cross_moment
@@ -23,7 +24,7 @@ from optimum_comp.core.surgery import Counts, Kept
 from optimum_comp.families import FFN, HEADS, KV, Fold
 from optimum_comp.families.cutting import Cut, cut_meanwhile, groups_kept
 from optimum_comp.report.run import Decision, LayerReport
-from optimum_comp.sweep.fisher import STATE_DTYPE, fisher_rows, output_moments
+from optimum_comp.sweep.fisher import FISHER_SAMPLES, STATE_DTYPE, fisher_rows, output_moments
 from optimum_comp.sweep.folding import (
     Factors,
     fold_factors,
@@ -45,6 +46,7 @@ from optimum_comp.sweep.runner import LayerRunner, Tap, replaced
 from optimum_comp.sweep.scoring import LAYER_SCORES
 from optimum_comp.sweep.states import ActivationStore, rows_of
 from optimum_comp.sweep.stopwatch import Stopwatch
+from optimum_comp.sweep.widths import find_widths
 from optimum_comp.utils import get_logger, keep_large_blocks_apart, progress_disabled, release_free_memory
 
 
@@ -59,11 +61,20 @@ class Pruned:
         removed: whole layers that went.
         layer_scores: every layer's score; empty if none had to go.
         layers: a report for each that stayed.
+        widths: neurons of each of them.
+        costs: nats a token that each width was expected to cost; `None` where nobody asked.
     """
 
     removed: list[int]
     layer_scores: list[float]
     layers: list[LayerReport]
+    widths: list[int]
+    costs: list[float] | None = None
+
+    @property
+    def is_uneven(self) -> bool:
+        """Whether layers have different widths."""
+        return len(set(self.widths)) > 1
 
 
 @dataclasses.dataclass
@@ -142,6 +153,9 @@ class PruningRun:
         self._folds: list[Fold] = []
         self._consumer_fold: Fold | None = None
         self._kept_layers: list[int] = []
+        # Neurons that stay, and what that is expected to cost, of each layer that does.
+        self._widths: list[int] = []
+        self._costs: list[float] | None = None
         self._reports: list[LayerReport] = []
         self._own = self._store("own", self._hidden, plan.spill_states)
         # Of the dense model, which the repair leans on.
@@ -180,6 +194,15 @@ class PruningRun:
         with self.clock("forward"):
             self._runner.embed_all(self._batches, own)
         additive = self._adds_to_residual(first, own)
+        if additive and self._measures and done < len(self._kept_layers):
+            self._find_fisher()
+        elif self.ranks.is_first and not additive:
+            logger.warning(
+                "A norm follows the residual stream behind %s here, so each layer is repaired on its own: alignment, "
+                "bridges and errors measured by their loss are off.",
+                self.family.ffn.consumer.path,
+            )
+        self._find_widths(own)
         if self.config.equalize:
             self._find_folds(first, own)
         if additive and self.config.alignment > 0 and self.config.recovery != "none":
@@ -188,14 +211,6 @@ class PruningRun:
             # The consumer's product rounds them to this in any case.
             factor = min(self._runner.matmul_dtype, self.source.state_dtype, key=lambda dtype: dtype.itemsize)
             self._inputs = self._store("inputs", self._neurons, self._plan.spill_inputs, factor)
-        elif self.ranks.is_first:
-            logger.warning(
-                "A norm follows the residual stream behind %s here, so each layer is repaired on its own: alignment "
-                "and bridges are off.",
-                self.family.ffn.consumer.path,
-            )
-        if additive and self._measures and done < len(self._kept_layers):
-            self._find_fisher()
         if done:
             with self.clock("read"):
                 self._recorder.restore(done, self._streams)
@@ -215,7 +230,7 @@ class PruningRun:
         with progress:
             self._progress = progress
             sweep(self.source, self._kept_layers[done:], self, lambda: self.clock("read"))
-        return Pruned(removed, scores, self._reports)
+        return Pruned(removed, scores, self._reports, self._widths, self._costs)
 
     def visit(self, index: int, layer: nn.Module) -> None:
         """Prune the layer's attention, and observe its feed-forward layer behind that."""
@@ -268,7 +283,7 @@ class PruningRun:
     def _commit(self, index: int, at: _Layer, factors: Factors) -> None:
         with self.clock("write"):
             if self.source.is_resident or self.ranks.is_first:
-                self.source.commit(index, at.place, at.cuts, factors)
+                self.source.commit(index, at.place, at.cuts, factors, {FFN: max(self._widths)})
 
     def _record(self, place: int, report: LayerReport) -> None:
         with self.clock("write"):
@@ -361,6 +376,55 @@ class PruningRun:
         states.close()
         # Where hidden states overflow, observing the layer that it comes from says so, and names it.
         self._fisher = moments if found else None
+
+    def _find_widths(self, scratch: ActivationStore) -> None:
+        """How many neurons each layer that stays keeps; `scratch` holds what enters the first one, and does again."""
+        layers, width = len(self._kept_layers), self.keep[FFN]
+        self._widths = [width] * layers
+        if self.config.allocation == "uniform" or width == self._neurons or layers == 1:
+            return
+        state = {} if self._journal is None else self._journal.state
+        found = self.ranks.from_first((state["widths"], state["costs"]) if "widths" in state else None)
+        if found is None and self._fisher is None:
+            if self.ranks.is_first:
+                logger.warning("Gradients of the loss can't be had, so all layers keep as many neurons.")
+            return
+        if found is None:
+            # A block at a time, as neurons go, but not less finely than in some thirty steps.
+            block = min(self.config.elimination_block or self._neurons, self._neurons // 32)
+            step = self.config.round_to * max(1, block // self.config.round_to)
+            with self.clock("widths"):
+                found = find_widths(
+                    self._runner,
+                    self._batches,
+                    self._rows,
+                    scratch,
+                    self.ranks,
+                    self._price,
+                    form=self.config.resolved_neuron_metric,
+                    ridge=self.config.ridge,
+                    kept=self._kept_layers,
+                    sizes=sizes_to_try(self._neurons, width // 2, step),
+                    budget=width * layers,
+                    step=step,
+                )
+                self._runner.embed_all(self._batches, scratch)
+            if self._journal is not None:
+                self._journal.record(widths=found[0], costs=found[1])
+        self._widths, self._costs = found
+        if self.ranks.is_first:
+            logger.info("Widths by what they cost: %s.", ", ".join(map(str, self._widths)))
+
+    def _price(self, index: int) -> tuple[Tensor, float] | None:
+        """By which errors behind a layer are measured, and what they cost together, in nats a token."""
+        assert self._fisher is not None
+        moment = self._fisher.read(slice(index, index + 1), self.source.device, torch.float64)[0]
+        root = root_of(moment)
+        if root is None:
+            return None
+        length = self._tokens.shape[1]
+        looked_at = min(FISHER_SAMPLES, len(self._tokens)) * length
+        return root, float(moment.diagonal().mean()) / (2 * looked_at * len(self._tokens) * length)
 
     def _root(self, index: int, like: Tensor) -> Tensor | None:
         """By which errors behind a layer are measured, in another tensor's dtype and place."""
@@ -595,7 +659,7 @@ class PruningRun:
         if self.ranks.is_first:
             with self.clock("solve"):
                 squares = None if moments.largest is None else moments.gram.diagonal().clone()
-                found = self._reduce(index, moments, self.keep[FFN])
+                found = self._reduce(index, moments, self._widths[self._kept_layers.index(index)])
                 # Everything after this sees the weight as it is saved.
                 weight = moments.junction.ungained(found.weight).to("cpu", self.source.state_dtype)
                 found = dataclasses.replace(found, kept=found.kept.cpu(), weight=weight, scores=found.scores.cpu())
