@@ -204,6 +204,7 @@ def test_adaptive_widths_cost_less_than_uniform_ones(name, tmp_path):
     assert adaptive.parameters_after <= uniform.parameters_after
     assert len(adaptive.expected_costs) == 4 and min(adaptive.expected_costs) >= 0
     explained = pruning_text("out", explain_pruning(Run.finished(adaptive, results["adaptive"].config)))
+    explained = " ".join(explained.split())
     assert "nats a token in all were expected" in explained and "stay in a layer" in explained
     tokens = tiny_blocks(4, seed=5)
     with torch.no_grad():

@@ -397,7 +397,6 @@ class PruningRun:
                 found = find_widths(
                     self._runner,
                     self._batches,
-                    self._rows,
                     scratch,
                     self.ranks,
                     self._price,
@@ -416,15 +415,14 @@ class PruningRun:
             logger.info("Widths by what they cost: %s.", ", ".join(map(str, self._widths)))
 
     def _price(self, index: int) -> tuple[Tensor, float] | None:
-        """By which errors behind a layer are measured, and what they cost together, in nats a token."""
+        """By which errors behind a layer are measured, and what the square of one costs, in nats."""
         assert self._fisher is not None
         moment = self._fisher.read(slice(index, index + 1), self.source.device, torch.float64)[0]
         root = root_of(moment)
         if root is None:
             return None
-        length = self._tokens.shape[1]
-        looked_at = min(FISHER_SAMPLES, len(self._tokens)) * length
-        return root, float(moment.diagonal().mean()) / (2 * looked_at * len(self._tokens) * length)
+        looked_at = min(FISHER_SAMPLES, len(self._tokens)) * self._tokens.shape[1]
+        return root, float(moment.diagonal().mean()) / (2 * looked_at)
 
     def _root(self, index: int, like: Tensor) -> Tensor | None:
         """By which errors behind a layer are measured, in another tensor's dtype and place."""

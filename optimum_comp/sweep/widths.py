@@ -17,13 +17,16 @@ from optimum_comp.sweep.loop import sweep
 from optimum_comp.sweep.memory import solve_dtype
 from optimum_comp.sweep.ranks import Ranks
 from optimum_comp.sweep.runner import LayerRunner, Tap, replaced
-from optimum_comp.sweep.states import ActivationStore
+from optimum_comp.sweep.states import ActivationStore, rows_of
 from optimum_comp.utils import progress_disabled
 
 
 Measure = Callable[[int], tuple[Tensor, float] | None]
-"""A layer -> the root that errors behind it are measured by, in float64, and what the square of such an error, summed
-over all tokens, costs in nats a token; `None` where an error there costs nothing."""
+"""A layer -> the root that errors behind it are measured by, in float64, and what the square of such an error costs in
+nats; `None` where an error there costs nothing."""
+
+_TOKENS_PER_CHANNEL = 8
+"""That are looked at, if there are as many: costs are only compared, and a repair isn't made of them."""
 
 
 class _Costs:
@@ -46,6 +49,9 @@ class _Costs:
         self._measure, self._form, self._ridge, self._sizes = measure, form, ridge, sizes
         self._kept, self._progress = kept, progress
         self._gram = self._weight = torch.empty(0)
+        tokens = torch.tensor([float(sum(each.stop - each.start for each in rows) * states.shape[1])])
+        ranks.sum_(tokens)
+        self.tokens = float(tokens)
         self.costs: list[list[float]] = []
 
     def visit(self, index: int, layer: nn.Module) -> None:
@@ -86,13 +92,12 @@ class _Costs:
         if self._form == "condition_mask":
             # The root is a part of the matrix there, and its scale with it.
             problem = problem._replace(root=None)
-        return [price * cost for cost in removal_costs(problem, self._sizes)]
+        return [price * cost / self.tokens for cost in removal_costs(problem, self._sizes)]
 
 
 def find_widths(
     runner: LayerRunner,
     batches: list[Tensor],
-    rows: list[slice],
     states: ActivationStore,
     ranks: Ranks,
     measure: Measure,
@@ -111,8 +116,7 @@ def find_widths(
 
     Args:
         runner: of the dense model.
-        batches: this process's samples.
-        rows: of each batch in the store.
+        batches: this process's samples, of which as many are looked at as it takes.
         states: a store of hidden states that may be overwritten.
         ranks: the processes that share the samples.
         measure: how errors behind a layer are measured.
@@ -126,6 +130,10 @@ def find_widths(
     Returns:
         The width of each layer in `kept`, and what it is expected to cost, in nats a token.
     """
+    tokens = ranks.size * sum(batch.numel() for batch in batches)
+    # Spread over all of them, so that every source has its part.
+    batches = batches[:: max(1, tokens // (_TOKENS_PER_CHANNEL * sizes[0]))]
+    rows = rows_of(batches)
     runner.embed_all(batches, states)
     last = max(kept)
     disable = progress_disabled() or not ranks.is_first
