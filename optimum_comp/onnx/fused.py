@@ -199,7 +199,7 @@ def rewrite(model: Any, config: Any, head_size: int) -> None:
     _scale_exactly(graph, config)
     _look_back(attention, config)
     first = _see_no_padding(graph, attention.values())
-    first += _take_any_empty_past(graph, attention.values(), head_size)
+    first += _take_past(graph, attention.values(), head_size, any_empty=not _is_guessed_right(config, head_size))
     first += _work_out_angles(graph)
     rest = list(graph.node)
     del graph.node[:]
@@ -334,11 +334,22 @@ def _see_no_padding(graph: Any, attention: Iterable[Any]) -> list[Any]:
     ]
 
 
-def _take_any_empty_past(graph: Any, attention: Iterable[Any], head_size: int) -> list[Any]:
-    """Have attention take an empty past of any heads and width, as an exported graph does (see `onnx.cache`).
+def _is_guessed_right(config: Any, head_size: int) -> bool:
+    """Whether the shape that `ORTModelForCausalLM` gives an empty past, by the rule for most families, is right."""
+    return bool(head_size == config.hidden_size / config.num_attention_heads)
 
-    The operator looks at the shape. What stands before it moves nothing: a cache that is there stays where it is, and
-    GenAI's is written into in place.
+
+def _take_past(graph: Any, attention: Iterable[Any], head_size: int, *, any_empty: bool) -> list[Any]:
+    """Say heads and width of the cache; and have attention take an empty one of any (see `onnx.cache`).
+
+    The operator looks at the shape. What stands before it for that costs a copy of the cache at each token, so it is
+    for those models alone whose shape isn't guessed; GenAI's cache is written into in place all the same.
+
+    Args:
+        graph: the graph.
+        attention: its attention.
+        head_size: width of a head.
+        any_empty: whether an empty one may have another shape.
 
     Returns:
         Nodes to put in front of the graph.
@@ -351,15 +362,16 @@ def _take_any_empty_past(graph: Any, attention: Iterable[Any], head_size: int) -
     for each in attention:
         heads = next(attribute.i for attribute in each.attribute if attribute.name == "kv_num_heads")
         target = f"comp_past_of_{heads}"
-        targets[target] = np.array([0, heads, -1, head_size], np.int64)
         for place in (_KEY_PAST, _VALUE_PAST):
             past = each.input[place]
-            each.input[place] = f"{past}_shaped"
-            nodes.append(helper.make_node("Reshape", [past, target], [f"{past}_shaped"], f"comp/{past}"))
-            present = values[past.replace(PAST, PRESENT, 1)]
-            present[HEADS].dim_value, present[WIDTH].dim_value = heads, head_size
-            for dimension in (HEADS, WIDTH):
-                values[past][dimension].Clear()
+            for name in (past, past.replace(PAST, PRESENT, 1)):
+                values[name][HEADS].dim_value, values[name][WIDTH].dim_value = heads, head_size
+            if any_empty:
+                targets[target] = np.array([0, heads, -1, head_size], np.int64)
+                each.input[place] = f"{past}_shaped"
+                nodes.append(helper.make_node("Reshape", [past, target], [f"{past}_shaped"], f"comp/{past}"))
+                for dimension in (HEADS, WIDTH):
+                    values[past][dimension].Clear()
     _give(graph, targets)
     return nodes
 

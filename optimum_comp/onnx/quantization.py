@@ -32,6 +32,7 @@ from optimum_comp.onnx.graph import (
     products_of_activations,
 )
 from optimum_comp.onnx.noise import without_noise
+from optimum_comp.onnx.packing import pack_products
 from optimum_comp.onnx.parity import Drift, Found, require_close, require_same, run_graph
 from optimum_comp.onnx.recipes import Recipe, Target, find_recipe, find_target
 from optimum_comp.onnx.runtime import is_transformers_5, require_onnxruntime
@@ -118,7 +119,7 @@ def quantize_onnx(
             onnx.save(model, prepared, save_as_external_data=large)
             del model
             _run_ort_quantizer(prepared, folder, settings, processor, excluded, large)
-        _check_and_trim(folder / MODEL_NAME, large)
+        _check_and_tidy(folder / MODEL_NAME, large)
         open_cache(folder)
         _record_recipe(folder / "ort_config.json", recipe, target, settings, plan)
         shutil.copyfile(source / "config.json", folder / "config.json")
@@ -315,8 +316,8 @@ def _family(folder: Path, recipe: Recipe) -> Family | None:
     return family_of(AutoConfig.from_pretrained(folder)) if by_name else None
 
 
-def _check_and_trim(path: Path, large: bool) -> None:
-    """Make sure that no int8 weight is −128, and drop what the quantizer noted down of every activation's shape.
+def _check_and_tidy(path: Path, large: bool) -> None:
+    """Make sure that no int8 weight is −128, pack products, and drop what was noted down of every activation's shape.
 
     Arm cores without dot product (Cortex-A53, A72) add pairs of products in 16 bits, and two neighbours of −128
     overflow there. The shapes are worked out anew by whoever loads the graph.
@@ -328,7 +329,9 @@ def _check_and_trim(path: Path, large: bool) -> None:
     for tensor in model.graph.initializer:
         if tensor.data_type == onnx.TensorProto.INT8 and tensor.dims and numpy_helper.to_array(tensor).min() < -127:
             raise RuntimeError(f"{tensor.name} of the quantized model holds −128, which overflows on some Arm cores.")
+    # With matrices as large as that, what it takes to start a product is nothing.
     if not large:
+        pack_products(model.graph)
         del model.graph.value_info[:]
         onnx.save(model, path)
 
