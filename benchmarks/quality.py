@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from optimum_comp import CompConfig, CompPruner
 from optimum_comp.beginning import decide, losses_of_model, spread
 from optimum_comp.calibration.text import PYDOC, SELF, read_text, tokenize
-from optimum_comp.configuration import PRESETS
+from optimum_comp.configuration import OPTIONS, PRESETS
 from optimum_comp.distillation.run import distil
 from optimum_comp.distillation.settings import DistilSettings
 from optimum_comp.evaluation import bits_per_byte, bytes_predicted, perplexity
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--text", nargs="+", default=[f"{PYDOC}:0.6:1"], metavar="FILE[:A:B]")
     parser.add_argument("--preset", nargs="+", default=list(PRESETS))
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.2])
-    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=NUMBER", help="other fields of CompConfig")
+    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="other fields of CompConfig")
     parser.add_argument("--distil", metavar="TIME", help="distil each model for so long, on what calibrated it")
     parser.add_argument("--distil-text", metavar="FILE[:A:B][,...]|self", help="on this text instead")
     parser.add_argument("--max-tokens", type=int, default=20480)
@@ -96,7 +96,7 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     settings = (setting.partition("=") for setting in args.set)
-    fields = {key: float(value) if "." in value else int(value) for key, _, value in settings}
+    fields = {key: OPTIONS[key].kind.parse(value) for key, _, value in settings}
     seconds_of_training = None if args.distil is None else Duration().check("distil", args.distil)
     model = AutoModelForCausalLM.from_pretrained(args.model).eval()
     texts = Texts(args, tokenizer, model)

@@ -95,7 +95,7 @@ def make(args: Any, folder: Path) -> dict[str, Path]:
     """Folders of the models by name."""
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     tokens = tokenize(tokenizer, read_text(args.calibration)[0])
-    paths: dict[str, Path] = {"dense float32": folder / "dense"}
+    paths: dict[str, Path] = {"dense float32": folder / "dense", "dense float32, PyTorch": Path(args.model)}
     if not paths["dense float32"].exists():
         export_onnx(args.model, paths["dense float32"], exporter="optimum")
     fused = folder / "dense-fused"

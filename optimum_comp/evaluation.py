@@ -31,6 +31,7 @@ from optimum_comp.checkpoint.source import empty_model
 from optimum_comp.checkpoint.tokenizer import open_tokenizer
 from optimum_comp.configuration import BEGINS
 from optimum_comp.core.layer_scores import next_token_loss
+from optimum_comp.families.cutting import filled_parameters
 from optimum_comp.files import check_model
 from optimum_comp.onnx.folders import GRAPH_FILES
 from optimum_comp.options import Choice, Integer, Integers, Text, Texts, column_option, option, settings_class
@@ -380,18 +381,21 @@ def throughput(model: Any, prompt_tokens: int, new_tokens: int, repeats: int) ->
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(0, model.config.vocab_size, (1, prompt_tokens), generator=generator).to(model.device)
 
+    # No token ends the answer. To ask for a least length instead would have all logits looked through at each token.
+    never = int(model.config.vocab_size)
+
     def seconds(count: int) -> float:
         started = time.perf_counter()
         model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            min_new_tokens=count,
             max_new_tokens=count,
             do_sample=False,
             temperature=None,
             top_p=None,
             top_k=None,
             pad_token_id=0,
+            eos_token_id=never,
         )
         return time.perf_counter() - started
 
@@ -426,8 +430,12 @@ def answer(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> str:
 
 
 def count_parameters(config: Any) -> int:
-    """Parameters of the model that a config describes, tied weights once; nothing is allocated."""
-    return parameter_count(empty_model(config, torch.float32))
+    """Parameters of the model that a config describes, tied weights once; nothing is allocated.
+
+    Neurons of zeros that fill up a narrow layer don't count.
+    """
+    model = empty_model(config, torch.float32)
+    return parameter_count(model) - filled_parameters(model)
 
 
 def weight_bytes(path: str | Path) -> int:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from optimum_comp.evaluation import Evaluation
 from optimum_comp.report.plots import PAGE, SIZE_PLOT, SPEED_PLOT, pareto_front, write_report
-from optimum_comp.report.table import evaluation_table
+from optimum_comp.report.table import evaluation_table, fastest
 
 
 coordinate = st.integers(0, 6)
@@ -62,3 +62,28 @@ def test_answers_stand_by_question():
         }
     )
     assert table.endswith("Asked: Who?\ndense: I.\npruned: You.\n\nAsked: Why?\ndense: So.\npruned: No.")
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=2, max_size=5, unique=True))
+def test_who_answers_first_is_told_for_every_length_of_the_prompt(speeds):
+    models = {
+        f"m{number}": Evaluation("a", "onnxruntime", 1, 1, prefill_tokens_per_second=p, decode_tokens_per_second=d)
+        for number, (p, d) in enumerate(speeds)
+    }
+    told = fastest(models).removeprefix("Soonest with an answer: ").removesuffix(".")
+    winners = [(0.0, told.split("; ")[0])]
+    for part in told.split("; ")[1:]:
+        ratio, name = part.removeprefix("with a prompt more than ").split(" times as long as the answer, ")
+        winners.append((float(ratio), name))
+    for ratio in (0.001, 0.1, 0.5, 1.7, 3.3, 20.0, 1000.0):
+        name = [name for start, name in winners if start < ratio][-1]
+        seconds = {
+            each: ratio / result.prefill_tokens_per_second + 1 / result.decode_tokens_per_second
+            for each, result in models.items()
+        }
+        # Ratios are told with three digits.
+        assert seconds[name] <= min(seconds.values()) * 1.01
+
+
+def test_nobody_is_fastest_alone():
+    assert fastest(results()) == ""
