@@ -22,6 +22,7 @@ from optimum_comp.utils import explaining, is_there, shown
 
 COMPRESSION_SUMMARY = "comp_compress.json"
 RECIPE = "comp_recipe.yaml"
+FRONTIER = "comp_frontier.json"
 """What `comp compress` does in a folder, from its beginning."""
 JOURNAL = "comp_journal.json"
 """While a folder holds it, a pruning run in that folder isn't finished (see `journal`)."""
@@ -34,7 +35,7 @@ STAGE_RECORD = "comp_stage.json"
 LOCK = ".comp_lock"
 """Is in a folder while a process is at work in it; see `hold`."""
 
-_MARKERS = ("config.json", COMPRESSION_SUMMARY, RECIPE, STAGE_RECORD)
+_MARKERS = ("config.json", COMPRESSION_SUMMARY, RECIPE, FRONTIER, STAGE_RECORD)
 """A folder is replaced only if it holds one of these: then it is a model, or a compression of ours."""
 
 

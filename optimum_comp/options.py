@@ -123,6 +123,27 @@ class Share(Number):
 
 
 @dataclasses.dataclass(frozen=True)
+class Shares:
+    """A list of different shares in an interval."""
+
+    interval: str
+    type = "list[float]"
+
+    def check(self, field: str, value: Any) -> list[float]:
+        """See `Kind`."""
+        if not isinstance(value, (list, tuple)):
+            raise refuse(field, value, f"a list of numbers in {self.interval}")
+        found = [Number(self.interval).check(field, each) for each in value]
+        if len(set(found)) != len(found):
+            raise refuse(field, value, "a list of different numbers")
+        return found
+
+    def parse(self, text: str) -> Any:
+        """See `Kind`."""
+        return [Share(self.interval).parse(part) for part in _parts(text)]
+
+
+@dataclasses.dataclass(frozen=True)
 class Integer:
     """An integer that isn't less than something."""
 

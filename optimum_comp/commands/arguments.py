@@ -79,11 +79,11 @@ def loading_arguments(args: Any) -> dict[str, Any]:
     return known
 
 
-def add_pruning_arguments(parser: ArgumentParser) -> None:
+def add_pruning_arguments(parser: ArgumentParser, without: Container[str] = ()) -> None:
     """One option for each setting of pruning; an option that isn't given keeps the preset's value."""
     group = parser.add_argument_group("pruning")
     group.add_argument("--config", metavar="FOLDER", help="Folder or hub id with a comp_config.json to start from.")
-    add_options(group, Prune.options(), {**DEFAULTS, **defaults_of(Running), "preset": None})
+    add_options(group, Prune.options(), {**DEFAULTS, **defaults_of(Running), "preset": None}, without)
 
 
 def add_memory_argument(parser: ArgumentParser) -> None:
@@ -143,16 +143,17 @@ def quantization_settings(args: Any) -> dict[str, Any]:
     return given
 
 
-def add_measuring_arguments(parser: ArgumentParser, **defaults: Any) -> None:
+def add_measuring_arguments(parser: ArgumentParser, without: Iterable[str] = (), **defaults: Any) -> None:
     """What is measured.
 
     Args:
         parser: the parser.
+        without: settings that the command leaves out.
         defaults: of the command, where they aren't those of `Settings`.
     """
     group = parser.add_argument_group("measuring")
-    taken = {action.dest for action in parser._actions}
-    add_options(group, options_of(Settings), {**defaults_of(Settings), **defaults}, without={"begins_with"} | taken)
+    taken = {"begins_with", *without, *(action.dest for action in parser._actions)}
+    add_options(group, options_of(Settings), {**defaults_of(Settings), **defaults}, without=taken)
 
 
 def measuring_settings(args: Any) -> dict[str, Any]:

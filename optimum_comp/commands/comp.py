@@ -9,6 +9,7 @@ from optimum_comp.commands.distil import DistilCommand
 from optimum_comp.commands.evaluate import BenchCommand, EvaluateCommand
 from optimum_comp.commands.explain import ExplainCommand
 from optimum_comp.commands.families import FamiliesCommand
+from optimum_comp.commands.frontier import FrontierCommand
 from optimum_comp.commands.prune import PruneCommand
 from optimum_comp.commands.quantize import QuantizeCommand
 from optimum_comp.commands.vocabulary import VocabularyCommand
@@ -26,6 +27,7 @@ class CompCommand(BaseOptimumCLICommand):
             DistilCommand,
             QuantizeCommand,
             CompressCommand,
+            FrontierCommand,
             EvaluateCommand,
             BenchCommand,
             ExplainCommand,

@@ -375,6 +375,11 @@ class Chain:
             source = made
         return steps
 
+    @property
+    def result(self) -> Artifact:
+        """What the last stage makes."""
+        return self._steps[-1].made if self._steps else self.dense
+
     def run(self) -> Outcome:
         """Do what isn't done yet.
 

@@ -170,8 +170,7 @@ class Quantize(Stage):
             return
         if budget.perplexity_increase is not None:
             require_held_out(chain.num_samples)
-        # No weight takes less than 4 bits and its share of a scale.
-        least = int(chain.parameters_after * FOUR.column_bytes(FOUR.block_size) / FOUR.block_size)
+        least = least_bytes(chain.parameters_after)
         if budget.size is not None and budget.size < least:
             raise ValueError(
                 f"max_size={format_bytes(budget.size)} can't be kept: with every weight in 4 bits the model takes at "
@@ -198,6 +197,11 @@ class Quantize(Stage):
         tokens = chain.samples().tokens[:SAMPLES] if self.settings.wants_text else None
         report = _quantize(source.folder, target, self.settings, tokens, overwrite=True, record=record)
         return {**dataclasses.asdict(report), "output": target.name}
+
+
+def least_bytes(parameters: int) -> int:
+    """What so many parameters take at least: no weight takes less than 4 bits and its share of a scale."""
+    return int(parameters * FOUR.column_bytes(FOUR.block_size) / FOUR.block_size)
 
 
 def require_held_out(samples: int) -> None:

@@ -1,0 +1,534 @@
+"""Every lever measured side by side: what each way to make a model small is worth, and the best for a budget.
+
+The levers are stages of the chain, so every candidate is a recipe, and what candidates share is made once. The walk is
+plain: bits alone first, which are cheapest to try and mostly worth most; then with ever more pruned, as long as the
+size can fit and there is time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from optimum_comp.calibration.text import PYDOC, CalibrationSource
+from optimum_comp.configuration import CompConfig
+from optimum_comp.evaluation import Evaluation, Settings, evaluate_apart
+from optimum_comp.files import FRONTIER, check_folder, durably
+from optimum_comp.onnx.runtime import require_onnxruntime
+from optimum_comp.options import Duration, Number, Share, Shares, Size, Texts, option, settings_class
+from optimum_comp.report.plots import pareto_front
+from optimum_comp.report.table import markdown_table
+from optimum_comp.stages.base import Artifact, Stage, digest, source_identity
+from optimum_comp.stages.chain import Chain
+from optimum_comp.stages.export import Export, ExportSettings
+from optimum_comp.stages.prune import Prune, Running
+from optimum_comp.stages.quantize import SAMPLES, Quantize, QuantizeSettings, SampleSettings, least_bytes
+from optimum_comp.stages.recipe import Recipe
+from optimum_comp.strict_json import read_object
+from optimum_comp.utils import format_bytes, get_logger
+
+
+logger = get_logger(__name__)
+
+FLOAT, MIXED = "float32", "mixed"
+"""Weights as they are exported, and the best mix of precisions for a size."""
+
+
+@settings_class
+class FrontierSettings:
+    """What is tried, on what it is measured, and what is wanted."""
+
+    sparsities: list[float] = option(
+        Shares("(0, 1)"),
+        "Shares of the decoder-layer parameters that are pruned, beside none.",
+        default=(0.1, 0.2, 0.3),
+        metavar="SHARE,SHARE",
+    )
+    text: list[str] = option(
+        Texts(),
+        "Text that quality is measured on, which should be none that calibrates; several times for several, the worst "
+        "of which counts: a file, a dataset as name[:config[:split]], or pydoc.",
+        default=(PYDOC,),
+        metavar="FILE|DATASET",
+    )
+    max_size: int | None = option(
+        Size(), "The model may take so much on the disk, like 90MB.", default=None, metavar="SIZE"
+    )
+    min_speedup: float | None = option(
+        Number("(0, inf)"),
+        "It has to generate so many times as fast as the dense model in float32, in ONNX Runtime on this machine.",
+        default=None,
+        metavar="TIMES",
+    )
+    max_perplexity_increase: float | None = option(
+        Share("(0, inf)"),
+        "Its perplexity may be so much more than the dense model's, like 5%, on each text.",
+        default=None,
+        metavar="SHARE",
+    )
+    time: float | None = option(
+        Duration(), "Begin nothing that would end after this time, like 30min.", default=None, metavar="TIME"
+    )
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether anything is wanted."""
+        return any(each is not None for each in (self.max_size, self.min_speedup, self.max_perplexity_increase))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to make the model small.
+
+    Attributes:
+        sparsity: share of the decoder-layer parameters that is pruned; 0 for none.
+        weights: `float32`, `int8`, `int4` or `mixed`.
+    """
+
+    sparsity: float
+    weights: str
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        pruned = f"pruned {self.sparsity:.0%}" if self.sparsity else "dense"
+        return f"{pruned}, {self.weights}"
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder that it shares with others of its sparsity."""
+        return f"pruned-{self.sparsity:g}" if self.sparsity else "dense"
+
+
+@dataclass
+class Point:
+    """A candidate, made and measured.
+
+    Attributes:
+        candidate: which.
+        folder: where it is.
+        key: of the artifact.
+        evaluations: of each text; speed is that of the first.
+        increases: of the perplexity of each text over the dense model's, for as many bytes of text as one of the dense
+            model's tokens has, so that vocabularies don't matter.
+        speedup: of decoding, over the dense float model's; `None` where speed isn't measured.
+    """
+
+    candidate: Candidate
+    folder: Path
+    key: str
+    evaluations: list[Evaluation]
+    increases: list[float] = field(default_factory=list)
+    speedup: float | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of graph and weights."""
+        return self.evaluations[0].size_bytes
+
+    @property
+    def increase(self) -> float:
+        """Of the text where it is largest."""
+        return max(self.increases)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            **dataclasses.asdict(self.candidate),
+            "name": self.candidate.name,
+            "folder": str(self.folder),
+            "key": self.key,
+            "size_bytes": self.size,
+            "speedup": self.speedup,
+            "increases": self.increases,
+            "evaluations": [each.to_dict() for each in self.evaluations],
+        }
+
+
+@dataclass
+class Frontier:
+    """What was found.
+
+    Attributes:
+        output: the folder with all candidates.
+        settings: what was asked.
+        points: in the order in which they were made, the dense float model first.
+        chosen: the best that keeps to the budget; `None` if nothing does, or nothing was asked.
+        left: candidates that weren't made, by name, and why.
+    """
+
+    output: Path
+    settings: FrontierSettings
+    points: list[Point]
+    chosen: Point | None
+    left: dict[str, str]
+
+    def front(self) -> list[Point]:
+        """Those that no other is as small and as good as."""
+        return [self.points[index] for index in pareto_front([(each.size, each.increase) for each in self.points])]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "settings": dataclasses.asdict(self.settings),
+            "points": [each.to_dict() for each in self.points],
+            "front": [each.candidate.name for each in self.front()],
+            "chosen": None if self.chosen is None else self.chosen.candidate.name,
+            "left": self.left,
+        }
+
+    def text(self) -> str:
+        """The table, and what is to be said about it."""
+        front, texts = self.front(), [Path(text).name for text in self.settings.text]
+        header = ("", "parameters", "file size", "decode", "prefill", *texts, "")
+        rows: list[tuple[str, ...]] = [header]
+        for point in sorted(self.points, key=lambda each: -each.size):
+            marks = ["on the front"] * (point in front) + ["chosen"] * (point is self.chosen)
+            first = point.evaluations[0]
+            rows.append(
+                (
+                    point.candidate.name,
+                    f"{first.parameters / 1e6:.1f} M",
+                    format_bytes(point.size),
+                    *(
+                        ("-", "-")
+                        if point.speedup is None
+                        else (
+                            f"{first.decode_tokens_per_second:.1f} tok/s ({point.speedup:.2f}x)",
+                            f"{first.prefill_tokens_per_second:.0f} tok/s",
+                        )
+                    ),
+                    *(f"{1 + each:.3f}x" for each in point.increases),
+                    ", ".join(marks),
+                )
+            )
+        lines = [markdown_table(rows)]
+        lines.append(
+            "Under each text: perplexity over that of the dense model. On the front: nothing else here is as small "
+            "and as good on the text where it is worst. Speeds were measured on this machine, in ONNX Runtime."
+        )
+        lines.append(self.verdict())
+        lines += [f"{name} was left out: {reason}." for name, reason in self.left.items()]
+        return "\n\n".join(lines)
+
+    def verdict(self) -> str:
+        """What the numbers say, in sentences."""
+        pruned = [each for each in self.front() if each.candidate.sparsity]
+        if self.chosen is not None:
+            point = self.chosen
+            faster = "" if point.speedup is None else f"{point.speedup:.2f} times as fast, "
+            said = (
+                f"Chosen: {point.candidate.name}, {format_bytes(point.size)}, {faster}perplexity at most "
+                f"{point.increase:+.1%}, in {point.folder}."
+            )
+            if not point.candidate.sparsity:
+                return f"{said} Quantization alone is best here: no pruned model that keeps to this does as well."
+            return said
+        if self.settings.has_budget:
+            missed = nearest_text(self.settings, self.points)
+            return f"Nothing that was made keeps to {wanted_text(self.settings)}. {missed}"
+        if not pruned:
+            return "Quantization alone is best at every size that was tried: no pruned model is on the front."
+        largest = max(pruned, key=lambda each: each.size)
+        return (
+            f"Above {format_bytes(largest.size)}, quantization alone is best; from there on, pruning is on the front, "
+            f"at {largest.increase:+.1%} and more."
+        )
+
+
+def wanted_text(settings: FrontierSettings) -> str:
+    """What is asked, in words."""
+    parts = []
+    if settings.max_size is not None:
+        parts.append(f"{format_bytes(settings.max_size)} at most")
+    if settings.min_speedup is not None:
+        parts.append(f"{settings.min_speedup:g} times the speed")
+    if settings.max_perplexity_increase is not None:
+        parts.append(f"{100 * settings.max_perplexity_increase:.4g} % more perplexity at most")
+    return ", ".join(parts)
+
+
+def keeps(point: Point, settings: FrontierSettings) -> bool:
+    """Whether a point is all that is asked."""
+    return (
+        (settings.max_size is None or point.size <= settings.max_size)
+        and (settings.min_speedup is None or (point.speedup or 0.0) >= settings.min_speedup)
+        and (settings.max_perplexity_increase is None or point.increase <= settings.max_perplexity_increase)
+    )
+
+
+def choose(points: Sequence[Point], settings: FrontierSettings) -> Point | None:
+    """The best point that is all that is asked; `None` if there is none, or nothing is asked.
+
+    Where quality has a limit, the smallest; else the one that loses least.
+    """
+    found = [point for point in points if keeps(point, settings)]
+    if not settings.has_budget or not found:
+        return None
+    if settings.max_perplexity_increase is not None:
+        return min(found, key=lambda point: (point.size, point.increase))
+    return min(found, key=lambda point: (point.increase, point.size))
+
+
+def nearest_text(settings: FrontierSettings, points: Sequence[Point]) -> str:
+    """What comes nearest where nothing keeps to a budget: the least that each limit is missed by, the others kept."""
+    limits: dict[str, tuple[Callable[[Point], float], Callable[[Point], str]]] = {
+        "max_size": (lambda point: point.size, lambda point: format_bytes(point.size)),
+        "min_speedup": (
+            lambda point: -(point.speedup or 0.0),
+            lambda point: f"{point.speedup or 0.0:.2f} times the speed",
+        ),
+        "max_perplexity_increase": (lambda point: point.increase, lambda point: f"perplexity {point.increase:+.1%}"),
+    }
+    said = []
+    for name, (measure, tell) in limits.items():
+        if getattr(settings, name) is None:
+            continue
+        nothing: Any = {name: None}
+        others = dataclasses.replace(settings, **nothing)
+        found = [point for point in points if keeps(point, others)]
+        if found:
+            best = min(found, key=measure)
+            said.append(f"With the rest kept, the nearest is {tell(best)} ({best.candidate.name}, {best.folder}).")
+    return " ".join(said) or "Not even one of the limits was kept."
+
+
+def find_frontier(
+    model: str | Path,
+    output: str | Path,
+    settings: FrontierSettings | None = None,
+    *,
+    config: CompConfig | None = None,
+    calibration: CalibrationSource | None = None,
+    exporter: str = "auto",
+    target: str = "any",
+    measuring: Settings | None = None,
+    max_memory: int | None = None,
+    overwrite: bool = False,
+    **loading: Any,
+) -> Frontier:
+    """Make and measure a model in every way that is to be tried, and choose.
+
+    What is made and measured is kept; the same call goes on with it, and another budget makes only what it needs.
+
+    Args:
+        model: folder or hub id.
+        output: gets a folder for each sparsity, `comp_frontier.json` and `README.md`.
+        settings: what is tried, and what is wanted.
+        config: how to prune, but for the sparsity.
+        calibration: text to calibrate with; the model's own (`self`) if `None`.
+        exporter: see `export_onnx`.
+        target: the processor that it is for.
+        measuring: how to measure; its text is not looked at.
+        max_memory: bytes that a process may take in all.
+        overwrite: replace what was made otherwise.
+        loading: passed on to `from_pretrained`.
+
+    Raises:
+        FileExistsError: `output` holds something else.
+        ValueError: something that was asked for isn't possible.
+        ImportError: ONNX Runtime isn't installed.
+        RuntimeError: a step failed; what is made is kept.
+    """
+    return _Walk(
+        str(model),
+        Path(output),
+        settings or FrontierSettings(),
+        config or CompConfig(),
+        calibration,
+        ExportSettings(exporter=exporter),
+        target,
+        measuring or Settings(),
+        max_memory,
+        overwrite,
+        loading,
+    ).run()
+
+
+class _Walk:
+    """One walk over the candidates; see `find_frontier`."""
+
+    def __init__(
+        self,
+        model: str,
+        output: Path,
+        settings: FrontierSettings,
+        config: CompConfig,
+        calibration: CalibrationSource | None,
+        export: ExportSettings,
+        target: str,
+        measuring: Settings,
+        max_memory: int | None,
+        overwrite: bool,
+        loading: Mapping[str, Any],
+    ):
+        self.model, self.output, self.settings, self.config = model, output, settings, config
+        self.calibration, self.export, self.target, self.measuring = calibration, export, target, measuring
+        self.max_memory, self.overwrite, self.loading = max_memory, overwrite, loading
+        self.started = time.monotonic()
+        # Longest time of each kind of step so far, to tell what the next one will take.
+        self.took: dict[str, float] = {}
+        self.points: list[Point] = []
+        self.left: dict[str, str] = {}
+
+    def run(self) -> Frontier:
+        require_onnxruntime()
+        if self.settings.min_speedup is not None and not self.measuring.prompt_tokens:
+            raise ValueError("prompt_tokens=0 measures no speed, which min_speedup asks for.")
+        is_ours = (self.output / FRONTIER).is_file()
+        check_folder(self.output, overwrite=is_ours, sources=[self.model] if Path(self.model).exists() else [])
+        known = self._known()
+        candidates = list(self._candidates())
+        # All that can be refused is, before any of it is made.
+        for candidate in candidates:
+            self._chain(candidate).parameters_after  # noqa: B018
+        self.output.mkdir(parents=True, exist_ok=True)
+        self._write()
+        for number, candidate in enumerate(candidates, 1):
+            reason = self._reason_against(candidate)
+            if reason is not None:
+                self.left[candidate.name] = reason
+                continue
+            logger.info("%d of %d: %s.", number, len(candidates), candidate.name)
+            self.points.append(self._made(candidate, known))
+            self._compare(self.points[-1])
+            self._write()
+        return self._write()
+
+    def _candidates(self) -> Iterator[Candidate]:
+        yield Candidate(0.0, FLOAT)
+        for sparsity in (0.0, *sorted(self.settings.sparsities)):
+            for weights in ("int8", "int4"):
+                yield Candidate(sparsity, weights)
+            if self.settings.max_size is not None:
+                yield Candidate(sparsity, MIXED)
+
+    def _chain(self, candidate: Candidate) -> Chain:
+        config, stages = self.config, list[Stage]()
+        samples = None
+        if candidate.sparsity:
+            fields = {**config.fields(), "sparsity": candidate.sparsity}
+            # One model for all precisions: what evens out activations for 8 bits costs 4 bits some quality.
+            stages.append(Prune(CompConfig(**fields), Running(), self.calibration, is_equalized=config.equalize))
+        elif candidate.weights != FLOAT:
+            source = PYDOC if self.calibration is None else self.calibration
+            samples = SampleSettings(
+                calibration=str(source),
+                num_samples=min(SAMPLES, config.num_samples),
+                sequence_length=config.sequence_length,
+                begin=config.begin,
+            )
+        stages.append(Export(self.export))
+        if candidate.weights != FLOAT:
+            is_mixed = candidate.weights == MIXED
+            quantize = QuantizeSettings(
+                recipe="int8" if is_mixed else candidate.weights,
+                target=self.target,
+                max_size=self.settings.max_size if is_mixed else None,
+            )
+            stages.append(Quantize(quantize, samples))
+        return Chain(
+            Recipe(tuple(stages), None, self.model),
+            self.output / candidate.folder,
+            loading=self.loading,
+            max_memory=self.max_memory,
+            overwrite=self.overwrite,
+        )
+
+    def _reason_against(self, candidate: Candidate) -> str | None:
+        """Why a candidate isn't made; `None` if it is."""
+        size, limit = least_bytes(self._chain(candidate).parameters_after), self.settings.max_size
+        if candidate.weights == FLOAT:
+            # Everything is compared with it.
+            return None
+        if limit is not None and size > limit:
+            return f"with every weight in 4 bits it takes {format_bytes(size)}, more than {format_bytes(limit)}"
+        if candidate.weights == MIXED:
+            fits = next(
+                (p for p in self.points if p.candidate.sparsity == candidate.sparsity and p.size <= (limit or 0)), None
+            )
+            if fits is not None and fits.candidate.weights == "int8":
+                return "8 bits fit"
+        if self.settings.time is None:
+            return None
+        needed, spent = self._expected(candidate), time.monotonic() - self.started
+        if spent + needed > self.settings.time:
+            return f"{needed:.0f} s more were expected, and {max(0.0, self.settings.time - spent):.0f} s are left"
+        return None
+
+    def _expected(self, candidate: Candidate) -> float:
+        """Seconds that a candidate will take, by what others took."""
+        seconds = self.took.get("measure", 0.0) + self.took.get(candidate.weights, self.took.get("quantize", 60.0))
+        is_pruned = any(point.candidate.sparsity == candidate.sparsity for point in self.points)
+        if is_pruned or not candidate.sparsity:
+            return seconds
+        tokens = self.config.num_samples * self.config.sequence_length
+        speed = self.points[0].evaluations[0].prefill_tokens_per_second or 100.0
+        # Both streams, the gradients and the solves: some six passes over the calibration text.
+        return seconds + self.took.get("export", 60.0) + self.took.get("prune", 6 * tokens / speed)
+
+    def _made(self, candidate: Candidate, known: Mapping[str, list[Evaluation]]) -> Point:
+        chain, started = self._chain(candidate), time.monotonic()
+        outcome = chain.run()
+        artifact = chain.result
+        for name, cost in outcome.costs.items():
+            self._take(candidate.weights if name == Quantize.name else name, cost.seconds)
+            self._take(name, cost.seconds)
+        started = time.monotonic()
+        key = self._key(artifact)
+        if key in known:
+            return Point(candidate, artifact.folder, key, known[key])
+        logger.info("Measuring %s ...", candidate.name)
+        evaluations = []
+        for number, text in enumerate(self.settings.text):
+            settings = dataclasses.replace(self.measuring, text=text)
+            if number:
+                settings = dataclasses.replace(settings, prompt_tokens=0, long_prompt_tokens=0, prompts=[])
+            if self.points:
+                settings = settings.as_with(self.points[0].evaluations[number])
+            trusts = {k: v for k, v in self.loading.items() if k == "trust_remote_code"}
+            evaluations.append(evaluate_apart(artifact.place, settings, **trusts))
+            evaluations[-1].model = candidate.name
+        self._take("measure", time.monotonic() - started)
+        return Point(candidate, artifact.folder, key, evaluations)
+
+    def _take(self, name: str, seconds: float) -> None:
+        self.took[name] = max(self.took.get(name, 0.0), seconds)
+
+    def _key(self, artifact: Artifact) -> str:
+        settings = {**dataclasses.asdict(self.measuring), "text": None}
+        return digest([artifact.key, settings, [source_identity(text) for text in self.settings.text]])
+
+    def _compare(self, point: Point) -> None:
+        dense = self.points[0]
+        for own, other in zip(point.evaluations, dense.evaluations, strict=True):
+            assert own.bits_per_byte is not None and other.bits_per_byte is not None
+            assert other.bytes_predicted is not None and other.predictions is not None
+            bits = (own.bits_per_byte - other.bits_per_byte) * other.bytes_predicted / other.predictions
+            point.increases.append(math.expm1(bits * math.log(2)))
+        own_speed, speed = (each.evaluations[0].decode_tokens_per_second for each in (point, dense))
+        point.speedup = own_speed / speed if own_speed and speed else None
+
+    def _known(self) -> dict[str, list[Evaluation]]:
+        """What an earlier walk has measured, by key."""
+        try:
+            points = read_object(self.output / FRONTIER)["points"]
+            return {each["key"]: [Evaluation(**one) for one in each["evaluations"]] for each in points}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+
+    def _write(self) -> Frontier:
+        found = Frontier(self.output, self.settings, self.points, choose(self.points, self.settings), self.left)
+        text = json.dumps(found.to_dict() if self.points else {"points": []}, indent=1) + "\n"
+        with durably(self.output / FRONTIER) as partial:
+            partial.write_text(text, encoding="utf-8")
+        if self.points:
+            with durably(self.output / "README.md") as partial:
+                partial.write_text(f"# {self.output.resolve().name}\n\n{found.text()}\n", encoding="utf-8")
+        return found
