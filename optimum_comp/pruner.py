@@ -315,6 +315,7 @@ class CompPruner:
         allocation = self.plan(config)
         self._ranks.require(config.num_samples)
         check_plan(self._source, allocation)
+        shape = shape_of(self._source, config)
         work = workload_of(self._source, config, allocation, self._ranks, products)
         batch_size = batch_size or good_batch_size(config.sequence_length, self._source.device)
         # Said now if it can't fit, and once more with what libraries take that are loaded by then.
@@ -364,7 +365,8 @@ class CompPruner:
             )
             pruned = run.run()
         with contextlib.nullcontext() if journal is None else journal.kept(), run.clock("write"):
-            allocation = self._as_pruned(allocation, pruned)
+            if pruned.is_uneven:
+                allocation = uneven(shape, allocation, pruned.widths)
             self._shrink(pruned, allocation)
             after = before - allocation.parameters
             self.report = self._report(config, allocation, samples, products, pruned, before, after)
@@ -540,12 +542,6 @@ class CompPruner:
         if plan.spill_states or plan.spill_inputs:
             what = "hidden states and activations" if plan.spill_states else "activations"
             logger.info("Batches of %d samples; %s are kept in files.", plan.batch_size, what)
-
-    def _as_pruned(self, allocation: Allocation, pruned: Pruned) -> Allocation:
-        """What went, where layers have different widths."""
-        if not pruned.is_uneven:
-            return allocation
-        return uneven(shape_of(self._source, CompConfig(axes=[FFN])), allocation, pruned.widths)
 
     def _shrink(self, pruned: Pruned, allocation: Allocation) -> None:
         """Write the new depth and width into the model's config; of a model in memory, drop the removed layers."""

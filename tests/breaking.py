@@ -53,7 +53,7 @@ PLACES = {
     "samples": ("optimum_comp.stages.chain", "save_file", 1),
     "prune": ("optimum_comp.sweep.pruning", "PruningRun.leave", 3),
     "export": ("optimum_comp.onnx.export", "run_torch", 1),
-    "quantize": ("optimum_comp.onnx.quantization", "_check_and_trim", 1),
+    "quantize": ("optimum_comp.onnx.quantization", "_check_and_tidy", 1),
     "measure": ("optimum_comp.stages.chain", "evaluate_apart", 2),
     "bundle": ("optimum_comp.bundle.assembly", "_write_manifest", 1),
 }

@@ -158,7 +158,7 @@ NO_BOOLEAN = {
 }
 FRACTIONS = ("sparsity", "layer_fraction", "attention_fraction", "alignment", "ridge")
 INTEGERS = ("elimination_block", "num_samples", "sequence_length", "round_to", "seed")
-WORDS = ("layer_metric", "neuron_metric", "error_norm", "recovery", "begin")
+WORDS = ("allocation", "layer_metric", "neuron_metric", "error_norm", "recovery", "begin")
 BOOLEANS = ("bridge", "equalize")
 OTHERS = [
     ("axes", []),

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from optimum_comp import CompConfig
 from optimum_comp.configuration import (
+    ALLOCATIONS,
     AXES,
     BEGINS,
     ERROR_NORMS,
@@ -23,6 +24,7 @@ VALID = {
     "sparsity": st.floats(0, 1, exclude_min=True, exclude_max=True),
     "layer_fraction": st.floats(0, 1),
     "attention_fraction": st.floats(0, 1),
+    "allocation": st.sampled_from(ALLOCATIONS),
     "axes": st.lists(st.sampled_from(AXES), min_size=1, unique=True),
     "layer_metric": st.sampled_from(LAYER_METRICS),
     "protected_layers": st.lists(st.integers(-8, 8)),
@@ -45,6 +47,10 @@ VALID = {
 def goes_together(fields) -> bool:
     """Whether the fields allow each other."""
     attention = fields.get("attention_fraction", 0)
+    if fields.get("allocation") == "adaptive":
+        measures = fields.get("neuron_metric", "condition").startswith("condition")
+        if not measures or fields.get("error_norm") == "euclidean":
+            return False
     return fields.get("layer_fraction", 0) + attention <= 1 and not (attention and fields.get("axes") == ["ffn"])
 
 

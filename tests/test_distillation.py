@@ -293,9 +293,11 @@ def test_the_exported_model_is_the_one_that_was_trained(recipe, models, tmp_path
         pairs = torch.stack([torch.from_numpy(codes & 15), torch.from_numpy(codes >> 4)], -1).flatten(2).float()
         made = ((pairs - 8) * torch.from_numpy(scales.copy())[..., None]).flatten(1)[:, : found["K"]]
         _, _, layer, *path = node.name.split("/")[:-1]
-        name = f"model.{layer}.{'.'.join(path)}.weight"
-        torch.testing.assert_close(made, weights[name], rtol=1e-5, atol=1e-7)
-        seen += 1
+        # Gate and up projection are one product.
+        paths = [path, [*path[:-1], "up_proj"]] if path[-1] == "gate_proj" else [path]
+        whole = torch.cat([weights[f"model.{layer}.{'.'.join(each)}.weight"] for each in paths])
+        torch.testing.assert_close(made, whole, rtol=1e-5, atol=1e-7)
+        seen += len(paths)
     layers = len([name for name in weights if name.endswith("down_proj.weight")])
     assert seen == 4 * layers
 

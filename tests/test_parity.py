@@ -142,15 +142,17 @@ def roll_scales(model) -> None:
 
 def swap_scales(model) -> None:
     """Exchange the scales of keys and values in one layer."""
-    one, other = (
-        next(
-            node
-            for node in model.graph.node
-            if node.op_type == "MatMulNBits" and f"layers.1/self_attn/{part}" in node.name
-        )
-        for part in ("k_proj", "v_proj")
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    node = next(
+        each for each in model.graph.node if each.op_type == "MatMulNBits" and "layers.1/self_attn/q" in each.name
     )
-    one.input[2], other.input[2] = other.input[2], one.input[2]
+    (split,) = (each for each in model.graph.node if each.input[0] == node.output[0])
+    sizes = numpy_helper.to_array(tensors[split.input[1]])
+    scales = numpy_helper.to_array(tensors[node.input[2]])
+    rows = scales.reshape(sizes.sum(), -1)
+    queries, keys, values = (part for part in torch.tensor(rows).split(sizes.tolist()))
+    swapped = torch.cat([queries, values, keys]).view(scales.shape).numpy()
+    tensors[node.input[2]].CopyFrom(numpy_helper.from_array(swapped, node.input[2]))
 
 
 @pytest.mark.parametrize(

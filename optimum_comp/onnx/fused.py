@@ -36,11 +36,26 @@ _SAME = 2e-6
 """Of a cosine: what two ways to work it out may differ by."""
 
 _OPTIONS = {
-    # Separate queries, keys and values: as fast, and recipes tell them from other layers by name.
+    # Separate queries, keys and values: recipes tell them from other layers by name. Once quantized, they are packed.
     "disable_qkv_fusion": "true",
     # A cache of whole length for layers with a window too: one that is as short needs GenAI to turn it.
     "windowed_kv_cache": "false",
 }
+
+_HEADS_ASKED = [
+    "cohere",
+    "gemma",
+    "gemma3_text",
+    "granite",
+    "llama",
+    "mistral",
+    "nemotron",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+    "stablelm",
+]
+"""Families whose number of key-value heads `ORTModelForCausalLM` takes from the config."""
 
 BUILT = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 """What makes queries, keys and values in a graph of `build_fused`, whatever the family's modules are."""
@@ -335,8 +350,15 @@ def _see_no_padding(graph: Any, attention: Iterable[Any]) -> list[Any]:
 
 
 def _is_guessed_right(config: Any, head_size: int) -> bool:
-    """Whether the shape that `ORTModelForCausalLM` gives an empty past, by the rule for most families, is right."""
-    return bool(head_size == config.hidden_size / config.num_attention_heads)
+    """Whether the shape that `ORTModelForCausalLM` (optimum-onnx 0.1) gives an empty past is right.
+
+    It asks the config for the heads of some families, and for their width of fewer; the others' it guesses. Should
+    another version guess otherwise, the export's comparison notices.
+    """
+    kind, heads = config.model_type, config.num_attention_heads
+    width = config.head_dim if kind in ("gemma", "gemma3_text") else config.hidden_size / heads
+    asked = kind in _HEADS_ASKED or getattr(config, "num_key_value_heads", heads) == heads
+    return bool(asked and width == head_size)
 
 
 def _take_past(graph: Any, attention: Iterable[Any], head_size: int, *, any_empty: bool) -> list[Any]:
