@@ -146,7 +146,7 @@ def swap_scales(model) -> None:
     node = next(
         each for each in model.graph.node if each.op_type == "MatMulNBits" and "layers.1/self_attn/q" in each.name
     )
-    (split,) = (each for each in model.graph.node if each.input[0] == node.output[0])
+    (split,) = (each for each in model.graph.node if node.output[0] in each.input)
     sizes = numpy_helper.to_array(tensors[split.input[1]])
     scales = numpy_helper.to_array(tensors[node.input[2]])
     rows = scales.reshape(sizes.sum(), -1)

@@ -8,6 +8,7 @@ import pytest
 from conftest import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_configuration import goes_together
 
 from optimum_comp.configuration import DEFAULTS, FIELDS, OPTIONS, CompConfig
 from optimum_comp.evaluation import Settings
@@ -145,7 +146,11 @@ def _values(kind):
 
 
 @settings(max_examples=60, deadline=None)
-@given(fields=st.fixed_dictionaries({}, optional={name: _values(each.kind) for name, each in OPTIONS.items()}))
+@given(
+    fields=st.fixed_dictionaries({}, optional={name: _values(each.kind) for name, each in OPTIONS.items()}).filter(
+        goes_together
+    )
+)
 def test_what_is_written_is_what_is_read(fields, tmp_path_factory):
     path = tmp_path_factory.mktemp("recipe") / "r.yaml"
     recipe = Recipe.from_dict(with_stage("prune", **fields))
