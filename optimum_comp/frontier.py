@@ -321,7 +321,8 @@ def find_frontier(
         model: folder or hub id.
         output: gets a folder for each sparsity, `comp_frontier.json` and `README.md`.
         settings: what is tried, and what is wanted.
-        config: how to prune, but for the sparsity.
+        config: how to prune, but for the sparsity; with widths of their own for layers if `None`, since what comes out
+            is ONNX.
         calibration: text to calibrate with; the model's own (`self`) if `None`.
         exporter: see `export_onnx`.
         target: the processor that it is for.
@@ -340,7 +341,7 @@ def find_frontier(
         str(model),
         Path(output),
         settings or FrontierSettings(),
-        config or CompConfig(),
+        config or CompConfig(allocation="adaptive"),
         calibration,
         ExportSettings(exporter=exporter),
         target,
