@@ -43,12 +43,7 @@ class FrontierCommand(CompSubcommand):
 
     def execute(self) -> None:
         """Try, and print the table; a budget that nothing keeps to is an error, with what comes nearest."""
-        from optimum_comp.commands.arguments import (
-            given_options,
-            is_configured,
-            loading_arguments,
-            pruning_settings,
-        )
+        from optimum_comp.commands.arguments import given_options, loading_arguments, pruning_settings
         from optimum_comp.configuration import FIELDS
         from optimum_comp.evaluation import Settings
         from optimum_comp.frontier import FrontierSettings, find_frontier
@@ -60,7 +55,8 @@ class FrontierCommand(CompSubcommand):
         if args.report is not None:
             require_matplotlib()
         pruning = pruning_settings(args)
-        if not is_configured(args):
+        decides = {"allocation", "preset", "neuron_metric", "error_norm"}
+        if args.config is None and not decides & set(pruning):
             # What comes out is ONNX, which leaves out the zeros.
             pruning["allocation"] = "adaptive"
         prune = Prune.from_settings(**{name: value for name, value in pruning.items() if name != "calibration"})

@@ -15,8 +15,8 @@ from optimum_comp.utils import progress_disabled
 
 
 FISHER_SAMPLES = 32
-"""Calibration samples whose gradients are looked at, at most, to bound time and disk. With 8, which ones they are makes
-more difference on text of another kind than anything else does."""
+"""Calibration samples whose gradients are looked at, at most, to bound time and disk. With 8, which ones they are
+makes more difference on text of another kind than anything else does."""
 STATE_DTYPE = torch.bfloat16
 """Of the hidden states between layers while gradients are on their way back: second moments need no more digits."""
 
