@@ -92,6 +92,40 @@ def test_stopped_anywhere_and_gone_on_with(step, after, layer, tiny_folder, tmp_
     assert digest(tmp_path / "out") == undisturbed
 
 
+def test_widths_by_layer_are_kept_with_what_is_finished(tiny_folder, tmp_path, monkeypatch):
+    config = CompConfig(**{**FIELDS, "layer_fraction": 0.0}, allocation="adaptive")
+
+    def adaptive(output: Path, **more):
+        return CompPruner.from_pretrained(tiny_folder).prune(config, tiny_blocks(8, 32), output=output, **more)
+
+    widths = adaptive(tmp_path / "undisturbed").widths
+    assert len(set(widths)) > 1
+    record, calls = PruningRun._record, []
+
+    def stopping(self, *args):
+        record(self, *args)
+        calls.append(args)
+        if len(calls) == 2:
+            raise Stop
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("was weighed again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PruningRun, "_record", stopping)
+        with pytest.raises(Stop):
+            adaptive(tmp_path / "out")
+    monkeypatch.setattr("optimum_comp.sweep.pruning.find_widths", refuse)
+    path = tmp_path / "out" / "comp_journal.json"
+    journal = json.loads(path.read_text())
+    path.write_text(json.dumps({**journal, "widths": [10_000] * 4}))
+    with pytest.raises(ValueError, match="widths that the model doesn't have"):
+        adaptive(tmp_path / "out", resume=True)
+    path.write_text(json.dumps(journal))
+    adaptive(tmp_path / "out", resume=True)
+    assert digest(tmp_path / "out") == digest(tmp_path / "undisturbed")
+
+
 def test_stopped_while_finishing(tiny_folder, tmp_path, undisturbed, monkeypatch):
     """Killed between any two of the moves that put the result in place, an old model's files there or not."""
     replace, moves = Path.replace, []

@@ -385,6 +385,10 @@ class PruningRun:
             return
         state = {} if self._journal is None else self._journal.state
         found = self.ranks.from_first((state["widths"], state["costs"]) if "widths" in state else None)
+        if found is not None and (len(found[0]) != layers or max(found[0]) > self._neurons):
+            raise ValueError(
+                "the unfinished run tells of widths that the model doesn't have; start anew with --overwrite."
+            )
         if found is None and self._fisher is None:
             if self.ranks.is_first:
                 logger.warning("Gradients of the loss can't be had, so all layers keep as many neurons.")
