@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import IDS, SIZES, need_onnx, tiny_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from conftest import GQA, IDS, SIZES, need_onnx, tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 
 need_onnx()
@@ -107,8 +107,10 @@ def test_a_table_of_another_kind_stays():
         assert fused._are_made(nodes, given, dict(zip(names, tables, strict=True))) == is_made
 
 
-def test_any_empty_past_is_taken(gemma):
-    _, folder = gemma
+def test_any_empty_past_is_taken_where_its_shape_is_not_guessed(gemma, tmp_path):
+    # Heads that the hidden size isn't made of, as pruning leaves them.
+    save(AutoModelForCausalLM.from_config(LlamaConfig(**SIZES, **GQA, **IDS, head_dim=32)), tmp_path / "torch")
+    folder = export_onnx(tmp_path / "torch", tmp_path / "onnx", exporter="genai").output
     session = open_session(str(folder / "model.onnx"))
     ids = np.arange(3, 9)[None]
     feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.zeros_like(ids)}
@@ -123,6 +125,10 @@ def test_any_empty_past_is_taken(gemma):
         assert found[-1][1].shape == (1, 2, 6, 32)
     assert np.array_equal(found[0][0], found[1][0])
     assert np.array_equal(found[0][0], found[2][0])
+    # Elsewhere, nothing stands between the cache and what reads it.
+    graph = onnx.load(gemma[1] / "model.onnx").graph
+    readers = {node.op_type for node in graph.node for name in node.input if name.startswith("past_key_values")}
+    assert readers == {"GroupQueryAttention"}
 
 
 def test_plain_onnx_runtime_generates_what_optimum_does(gemma):
