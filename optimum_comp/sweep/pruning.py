@@ -35,7 +35,7 @@ from optimum_comp.sweep.folding import (
     unseen,
     watching,
 )
-from optimum_comp.sweep.journal import Journal
+from optimum_comp.sweep.journal import DamagedRunError, Journal
 from optimum_comp.sweep.junction import Junction
 from optimum_comp.sweep.loop import sweep
 from optimum_comp.sweep.memory import MemoryPlan, solve_dtype
@@ -386,9 +386,8 @@ class PruningRun:
         state = {} if self._journal is None else self._journal.state
         found = self.ranks.from_first((state["widths"], state["costs"]) if "widths" in state else None)
         if found is not None and (len(found[0]) != layers or max(found[0]) > self._neurons):
-            raise ValueError(
-                "the unfinished run tells of widths that the model doesn't have; start anew with --overwrite."
-            )
+            assert self._folder is not None
+            raise DamagedRunError(self._folder.parent, "it tells of widths that the model doesn't have")
         if found is None and self._fisher is None:
             if self.ranks.is_first:
                 logger.warning("Gradients of the loss can't be had, so all layers keep as many neurons.")
