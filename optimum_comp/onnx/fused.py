@@ -177,11 +177,37 @@ def _builder() -> Iterator[Any]:
         builder = importlib.import_module("onnxruntime_genai.models.builder")
     finally:
         del sys.path[: len(beside)]
-    original, builder.Model.save_processing = builder.Model.save_processing, lambda *_: None
+    model = builder.Model
+    originals = {name: getattr(model, name) for name in ("save_processing", "make_rope_init") if hasattr(model, name)}
+    model.save_processing = lambda *_: None
+    if "make_rope_init" in originals:
+        model.make_rope_init = _by_kind_of_layer(originals["make_rope_init"])
     try:
         yield builder
     finally:
-        builder.Model.save_processing = original
+        for name, value in originals.items():
+            setattr(model, name, value)
+
+
+def _by_kind_of_layer(read: Any) -> Any:
+    """The builder's way to read what angles are made of, but for a config that says it of each kind of layer.
+
+    Transformers 5 reads Gemma 3's like this, and the builder (onnxruntime-genai 0.18) knows only the way that
+    transformers 4 has it. Angles that are scaled are left to the builder, which refuses them.
+    """
+
+    def make_rope_init(self: Any, config: Any) -> None:
+        told = getattr(config, "rope_parameters", None)
+        kinds = list(told.values()) if isinstance(told, dict) else []
+        if not kinds or not all(isinstance(kind, dict) and kind.get("rope_type") == "default" for kind in kinds):
+            read(self, config)
+            return
+        if "full_attention" in told:
+            self.rope_attrs["theta"] = told["full_attention"]["rope_theta"]
+        if "sliding_attention" in told:
+            config.rope_local_base_freq = told["sliding_attention"]["rope_theta"]
+
+    return make_rope_init
 
 
 def _config_of(checkpoint: Path) -> Any:
