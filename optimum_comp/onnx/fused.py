@@ -197,7 +197,7 @@ def _by_kind_of_layer(read: Any) -> Any:
     """
 
     def make_rope_init(self: Any, config: Any) -> None:
-        told = getattr(config, "rope_parameters", None)
+        told: Any = getattr(config, "rope_parameters", None)
         kinds = list(told.values()) if isinstance(told, dict) else []
         if not kinds or not all(isinstance(kind, dict) and kind.get("rope_type") == "default" for kind in kinds):
             read(self, config)
