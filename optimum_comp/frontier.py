@@ -444,12 +444,14 @@ class _Walk:
 
     def _reason_against(self, candidate: Candidate) -> str | None:
         """Why a candidate isn't made; `None` if it is."""
-        size, limit = least_bytes(self._chain(candidate).parameters_after), self.settings.max_size
         if candidate.weights == FLOAT:
             # Everything is compared with it.
             return None
-        if limit is not None and size > limit:
-            return f"with every weight in 4 bits it takes {format_bytes(size)}, more than {format_bytes(limit)}"
+        limit = self.settings.max_size
+        if limit is not None:
+            size = least_bytes(self._chain(candidate).parameters_after)
+            if size > limit:
+                return f"with every weight in 4 bits it takes {format_bytes(size)}, more than {format_bytes(limit)}"
         if candidate.weights == MIXED:
             fits = next(
                 (p for p in self.points if p.candidate.sparsity == candidate.sparsity and p.size <= (limit or 0)), None
@@ -475,7 +477,7 @@ class _Walk:
         return seconds + self.took.get("export", 60.0) + self.took.get("prune", 6 * tokens / speed)
 
     def _made(self, candidate: Candidate, known: Mapping[str, list[Evaluation]]) -> Point:
-        chain, started = self._chain(candidate), time.monotonic()
+        chain = self._chain(candidate)
         outcome = chain.run()
         artifact = chain.result
         for name, cost in outcome.costs.items():

@@ -429,11 +429,8 @@ class PruningRun:
 
     def _root(self, index: int, like: Tensor) -> Tensor | None:
         """By which errors behind a layer are measured, in another tensor's dtype and place."""
-        if self._fisher is None:
-            return None
-        moment = self._fisher.read(slice(index, index + 1), like.device, torch.float64)[0]
-        root = root_of(moment)
-        return None if root is None else root.to(like.dtype)
+        priced = None if self._fisher is None else self._price(index)
+        return None if priced is None else priced[0].to(like)
 
     def _find_folds(self, index: int, own: ActivationStore) -> None:
         with self.source.layer(index) as layer, self._runner.widened(index) as dtype:
