@@ -26,7 +26,7 @@ from optimum_comp.distillation.texts import Stream, TextBlocks, sources_of
 
 
 TEXT = "The cat sat on the mat and looked at the moon; nobody knew what it thought of the stars.\n" * 40
-SMALL = {"sequence_length": 32, "learning_rate": 0.003, "matmul_dtype": "float32"}
+SMALL = {"sequence_length": 32, "learning_rate": 0.003, "matmul_dtype": "float32", "labels": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +78,24 @@ def test_the_divergence_is_the_same_in_parts(monkeypatch):
     whole = divergence(student, teacher)
     monkeypatch.setattr("optimum_comp.core.distillation._CHUNK_VALUES", 21)
     torch.testing.assert_close(divergence(student, teacher), whole)
+
+
+@settings(deadline=None, max_examples=30)
+@given(rows=st.integers(1, 20), vocabulary=st.integers(2, 30), share=st.floats(0, 1), seed=st.integers(0, 99))
+def test_the_text_counts_for_its_share(rows, vocabulary, share, seed):
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = (torch.randn(2, rows, vocabulary, generator=generator) * 3 for _ in range(2))
+    labels = torch.randint(-1, vocabulary, (2, rows), generator=generator)
+    student.requires_grad_()
+    logs, wanted = torch.log_softmax(student, -1), torch.log_softmax(teacher, -1)
+    each = (wanted.exp() * (wanted - logs)).sum(-1)
+    text = functional.nll_loss(logs.flatten(0, 1), labels.flatten(), ignore_index=-1, reduction="none").view(2, -1)
+    expected = torch.where(labels < 0, each, (1 - share) * each + share * text).mean()
+    (gradient,) = torch.autograd.grad(expected, student)
+    found = divergence(student, teacher, labels, share)
+    (own,) = torch.autograd.grad(found, student)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(own, gradient)
 
 
 def test_two_vocabularies_have_no_divergence():
@@ -266,9 +284,23 @@ def test_trained_rounded_weights_lie_on_the_grid(models, tmp_path):
             assert on_grid(weight, 4, 32) is None, name
 
 
+def test_a_tied_embedding_is_rounded_once_and_trained(models, tmp_path):
+    distilled(models, tmp_path / "out", rounding="int4-small", steps=8)
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    before = load_file(models / "pruned" / "model.safetensors")
+    for name, weight in weights.items():
+        if "norm" not in name:
+            assert any(on_grid(weight, 4, size) is not None for size in (64, 32, 16)), name
+    assert weights.keys() == before.keys()
+    assert not torch.equal(weights["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
 @pytest.mark.onnx
 @pytest.mark.parametrize(
-    "recipe", ["int4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("int4-hqq", "int4-rtn"))]
+    "recipe",
+    ["int4", "int4-small", *(pytest.param(name, marks=pytest.mark.slow) for name in ("int4-hqq", "int4-rtn"))],
 )
 def test_the_exported_model_is_the_one_that_was_trained(recipe, models, tmp_path):
     """Block by block: what the graph's codes and scales stand for is the checkpoint's weight."""
@@ -284,7 +316,7 @@ def test_the_exported_model_is_the_one_that_was_trained(recipe, models, tmp_path
     weights = load_file(tmp_path / "out" / "model.safetensors")
     graph = onnx.load(tmp_path / "few" / "model.onnx").graph
     stored = {each.name: numpy_helper.to_array(each) for each in graph.initializer}
-    seen = 0
+    seen: set[str] = set()
     for node in graph.node:
         found = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
         if node.op_type != "MatMulNBits" or found["bits"] != 4:
@@ -292,14 +324,24 @@ def test_the_exported_model_is_the_one_that_was_trained(recipe, models, tmp_path
         codes, scales = stored[node.input[1]], stored[node.input[2]].reshape(found["N"], -1)
         pairs = torch.stack([torch.from_numpy(codes & 15), torch.from_numpy(codes >> 4)], -1).flatten(2).float()
         made = ((pairs - 8) * torch.from_numpy(scales.copy())[..., None]).flatten(1)[:, : found["K"]]
-        _, _, layer, *path = node.name.split("/")[:-1]
-        # Gate and up projection are one product.
-        paths = [path, [*path[:-1], "up_proj"]] if path[-1] == "gate_proj" else [path]
-        whole = torch.cat([weights[f"model.{layer}.{'.'.join(each)}.weight"] for each in paths])
-        torch.testing.assert_close(made, whole, rtol=1e-5, atol=1e-7)
-        seen += len(paths)
-    layers = len([name for name in weights if name.endswith("down_proj.weight")])
-    assert seen == 4 * layers
+        names = _weights_of(node.name)
+        torch.testing.assert_close(made, torch.cat([weights[name] for name in names]), rtol=1e-5, atol=1e-7)
+        seen.update(names)
+    few = [name for name in weights if "norm" not in name and (recipe == "int4-small" or not _is_eight(name))]
+    assert seen == set(few)
+
+
+def _is_eight(name: str) -> bool:
+    return any(each in name for each in ("q_proj", "k_proj", "v_proj", "embed_tokens"))
+
+
+def _weights_of(node: str) -> list[str]:
+    """The weights that a product is by: several are packed into one."""
+    if node.startswith("/lm_head/"):
+        return ["model.embed_tokens.weight"]
+    _, _, *path, _ = node.split("/")
+    packed = {"gate_proj": ("gate_proj", "up_proj"), "q_proj": ("q_proj", "k_proj", "v_proj")}
+    return [f"model.{'.'.join([*path[:-1], each])}.weight" for each in packed.get(path[-1], path[-1:])]
 
 
 @pytest.mark.slow

@@ -12,15 +12,15 @@ _CHUNK_VALUES = 2**23
 """Logits that are worked on in float32 at a time."""
 
 
-class _Divergence(torch.autograd.Function):
-    """Kullback-Leibler divergence of the student's predictions from the teacher's, and its gradient, in one pass.
+class _Loss(torch.autograd.Function):
+    """Divergence of the student's predictions from the teacher's and from what the text says, and its gradient.
 
     Of the vocabulary's size there is one tensor beside the two that are given, in the student's dtype: the gradient
-    `(softmax(s) − softmax(t)) / n` is what is kept for the way back.
+    `(softmax(s) − (1 − a) softmax(t) − a · label) / n` is what is kept for the way back.
     """
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         count, vocabulary = student.shape
         gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.float64, device=student.device)
@@ -29,30 +29,35 @@ class _Divergence(torch.autograd.Function):
             rows = slice(start, start + step)
             wanted = torch.log_softmax(teacher[rows].float(), -1)
             found = torch.log_softmax(student[rows].float(), -1)
-            share = wanted.exp()
-            total += (share * (wanted - found)).sum(dtype=torch.float64)
+            share, weight, label = wanted.exp(), weights[rows, None], labels[rows, None]
+            total += ((1 - weight) * share * (wanted - found)).sum(dtype=torch.float64)
+            total -= (weight * found.gather(1, label)).sum(dtype=torch.float64)
             if gradient is not None:
+                share.mul_(1 - weight).scatter_add_(1, label, weight)
                 gradient[rows] = found.exp_().sub_(share).div_(count).to(student.dtype)
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return (total / count).to(torch.float32)
 
     @staticmethod
-    def backward(ctx: Any, *above: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *above: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * above[0].to(gradient.dtype), None
+        return gradient * above[0].to(gradient.dtype), None, None, None
 
 
-def divergence(student: Tensor, teacher: Tensor) -> Tensor:
+def divergence(student: Tensor, teacher: Tensor, labels: Tensor | None = None, share: float = 0.0) -> Tensor:
     """Mean Kullback-Leibler divergence `KL(teacher ‖ student)` of next-token predictions, in nats, over all positions.
 
     The forward form of Hinton et al., "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531), at
     temperature 1: its gradient is that of the cross-entropy to the teacher's whole distribution, so every token of
-    text teaches as many numbers as the vocabulary has.
+    text teaches as many numbers as the vocabulary has. As there, the tokens that do come next can count, too:
+    `(1 − a) KL(teacher ‖ student) − a log student(label)`.
 
     Args:
         student: logits `[..., vocabulary]`; the gradient goes here.
         teacher: logits of the same shape.
+        labels: the tokens that come next, `[...]`; negative where none is known, and there only the teacher counts.
+        share: `a`, how much they count, in [0, 1].
 
     Returns:
         A scalar, float32.
@@ -65,5 +70,9 @@ def divergence(student: Tensor, teacher: Tensor) -> Tensor:
             f"the student's logits are {list(student.shape)} and the teacher's {list(teacher.shape)}; both must have "
             "one vocabulary."
         )
-    found: Tensor = _Divergence.apply(student.flatten(0, -2), teacher.flatten(0, -2).detach())
+    known = torch.zeros(student.shape[:-1], dtype=torch.int64, device=student.device) if labels is None else labels
+    weights = torch.where(known < 0, 0.0, share if labels is not None else 0.0).flatten()
+    found: Tensor = _Loss.apply(
+        student.flatten(0, -2), teacher.flatten(0, -2).detach(), known.clamp(min=0).flatten(), weights
+    )
     return found

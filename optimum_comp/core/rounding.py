@@ -160,9 +160,12 @@ def straight_through(weight: Tensor, scales: Tensor, bits: int, block_size: int)
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, scales: Tensor, bits: int, block_size: int) -> Tensor:
+        low, high = _limits(bits)
         blocks = _padded(weight, block_size).unflatten(1, (-1, block_size))
         scale = scales[..., None]
-        return (_codes(blocks, scale, bits) * scale).flatten(1)[:, : weight.shape[1]]
+        # As `_codes`, but for ties: this is done to all weights at every step, and a product is twice as fast.
+        codes = (blocks * torch.where(scale == 0, 0, scale.reciprocal())).round_().clamp_(low, high)
+        return codes.mul_(scale).flatten(1)[:, : weight.shape[1]]
 
     @staticmethod
     def backward(ctx: Any, *above: Tensor) -> tuple[Tensor, None, None, None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,28 @@ class Rounded(nn.Module):
         return straight_through(weight, self.scales, self.bits, self.block_size)
 
 
+class _Tied(nn.Module):
+    """A head's parametrization: its weight is the embedding's, whatever that is.
+
+    Args:
+        embedding: whose weight it is; it isn't a part of the head.
+    """
+
+    def __init__(self, embedding: nn.Module):
+        super().__init__()
+        self._embedding = (embedding,)
+
+    def forward(self, nothing: Tensor) -> Tensor:
+        """The embedding's weight."""
+        return cast(Tensor, self._embedding[0].weight)
+
+
+def rounds_head(recipe: str | None) -> bool:
+    """Whether a recipe stores the head, and an embedding that is tied to it, in few bits."""
+    head = None if recipe is None else RECIPES[recipe].head
+    return head is not None and head.bits < 8
+
+
 def few_bits(model: Any, family: Family, recipe: str) -> Iterator[tuple[nn.Linear, Format]]:
     """The dense layers that a recipe stores in few bits, and how; those in 8 bits lose next to nothing."""
     chosen = RECIPES[recipe]
@@ -44,6 +66,10 @@ def few_bits(model: Any, family: Family, recipe: str) -> Iterator[tuple[nn.Linea
         for path, module in layer.named_modules():
             if isinstance(module, nn.Linear) and path not in left:
                 yield module, chosen.layers.fitted(module.in_features)
+    head = model.get_output_embeddings()
+    if rounds_head(recipe) and isinstance(head, nn.Linear):
+        assert chosen.head is not None
+        yield head, chosen.head.fitted(head.in_features)
 
 
 @torch.no_grad()
@@ -73,7 +99,15 @@ def round_while_training(model: Any, family: Family, recipe: str, samples: Tenso
         weight = module.weight.detach().float()
         blocks = compensated(weight.cpu(), sums.pop(module).value(), form.bits, form.block_size)
         module.weight.copy_(within_its_codes(weight.cpu(), blocks))
-        parametrize.register_parametrization(module, "weight", Rounded(blocks).to(module.weight.device))
+        rounded = Rounded(blocks).to(module.weight.device)
+        embedding = model.get_input_embeddings()
+        if embedding.weight is module.weight:
+            parametrize.register_parametrization(embedding, "weight", rounded)
+            module.weight = nn.Parameter(module.weight.new_empty(0), requires_grad=False)
+            # Unsafe: another shape than the parameter, of which there is none.
+            parametrize.register_parametrization(module, "weight", _Tied(embedding), unsafe=True)
+        else:
+            parametrize.register_parametrization(module, "weight", rounded)
 
 
 def _adder(total: GramAccumulator) -> Any:
@@ -86,5 +120,8 @@ def _adder(total: GramAccumulator) -> Any:
 def leave_rounded(model: Any) -> None:
     """Make the rounded weights the model's own: what is saved lies on the grid that the recipe will find."""
     for module in model.modules():
-        if isinstance(module, nn.Linear) and parametrize.is_parametrized(module):
-            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+        if isinstance(module, nn.Linear | nn.Embedding) and parametrize.is_parametrized(module):
+            made_by = cast(nn.ModuleDict, module.parametrizations)["weight"]
+            is_tied = isinstance(cast(nn.ModuleList, made_by)[0], _Tied)
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=not is_tied)
+    model.tie_weights()

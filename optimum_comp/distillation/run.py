@@ -29,7 +29,7 @@ from optimum_comp.checkpoint.reader import resolve_folder
 from optimum_comp.checkpoint.source import empty_model, multiplies_bfloat16
 from optimum_comp.checkpoint.tokenizer import TOKENIZER_FILES, open_tokenizer
 from optimum_comp.checkpoint.writer import copy_side_cars, write_portable_config
-from optimum_comp.distillation.rounding import leave_rounded, round_while_training
+from optimum_comp.distillation.rounding import leave_rounded, round_while_training, rounds_head
 from optimum_comp.distillation.settings import DistilSettings
 from optimum_comp.distillation.texts import Stream, TextBlocks, blocks_of, names_of, pieces_of, read_tokens, sources_of
 from optimum_comp.distillation.trainer import Clock, Distiller, arguments, name_best, read_state
@@ -186,7 +186,9 @@ def memory_of(student: Any, teacher: Any, settings: DistilSettings, lora_rank: i
     """
     config = student.config
     weights, embedding = parameter_count(student), student.get_input_embeddings().weight.numel()
-    trained = weights - embedding if lora_rank == 0 else weights * lora_rank // 200
+    trained = weights - (0 if rounds_head(settings.rounding) else embedding)
+    if lora_rank:
+        trained = weights * lora_rank // 200
     batch = micro_batch(settings, config.vocab_size)
     tokens = batch * settings.sequence_length
     family = family_of(config)
@@ -490,9 +492,10 @@ class _Run:
         student.generation_config = GenerationConfig()
         student = student.float().to(device)
         family = family_of(student.config)
-        for module in (student.get_input_embeddings(), student.get_output_embeddings()):
-            if module is not None:
-                module.weight.requires_grad_(False)
+        if not rounds_head(settings.rounding):
+            for module in (student.get_input_embeddings(), student.get_output_embeddings()):
+                if module is not None:
+                    module.weight.requires_grad_(False)
         if settings.rounding is not None:
             looked_at = _spread([text.train for text in texts], _ROUNDING_SAMPLES)
             round_while_training(student.eval(), family, settings.rounding, looked_at)
@@ -509,12 +512,13 @@ class _Run:
             teacher=teacher,
             clock=clock,
             products=_products(settings, device),
+            labels=settings.labels,
             model=student,
             args=arguments(
                 self.work,
                 batch_size=micro,
                 accumulation=settings.batch_size // micro,
-                learning_rate=settings.learning_rate,
+                learning_rate=settings.rate,
                 steps=steps,
                 seed=settings.seed,
                 use_cpu=device.type == "cpu",

@@ -33,7 +33,7 @@ class DistilSettings:
         "Text to train on, which needs no labels: as for --calibration, several times, or as a mix like "
         "a.txt:0.5,self:0.5.",
         default=None,
-        default_text="self,pydoc; in a chain, the calibration text",
+        default_text="self,pydoc; in a chain, the calibration text, and a fifth self",
         metavar="FILE|DATASET|self",
     )
     text_column: str | None = column_option()
@@ -50,7 +50,18 @@ class DistilSettings:
         default=None,
         metavar="N",
     )
-    learning_rate: float = option(Number("(0, 1]"), "Largest learning rate of AdamW.", default=2e-4)
+    labels: float = option(
+        Number("[0, 1]"),
+        "How much the text's own next tokens count beside the teacher's predictions: 0 makes the most faithful copy, "
+        "more a better model of the text, chat or none.",
+        default=0.1,
+    )
+    learning_rate: float | None = option(
+        Number("(0, 1]"),
+        "Largest learning rate of AdamW.",
+        default=None,
+        default_text="2e-4; 1e-4 with rounding",
+    )
     batch_size: int = option(Integer(1), "Samples of each step.", default=4)
     sequence_length: int = option(Integer(2), "Tokens of each sample, start tokens included.", default=256)
     held_out: float = option(
@@ -103,6 +114,13 @@ class DistilSettings:
     def seconds(self) -> float | None:
         """Time that it may take; `None` if the number of steps is given."""
         return self.time if self.time is not None or self.steps is not None else 1800.0
+
+    @property
+    def rate(self) -> float:
+        """Largest learning rate: from rounded weights, which are near the teacher's already, a smaller one."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return 2e-4 if self.rounding is None else 1e-4
 
     @property
     def tokens_of_a_step(self) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.data import SequentialSampler
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -109,11 +110,12 @@ class Distiller(Trainer):
         teacher: the model that predicts; nothing in it changes.
         clock: how far the run is.
         products: what factors of matrix products are rounded to.
+        labels: how much the text's own next tokens count beside the teacher's predictions, in [0, 1].
         given: as for `Trainer`; `eval_dataset` is text -> samples `[n, length]` that aren't trained on.
     """
 
-    def __init__(self, *, teacher: Any, clock: Clock, products: torch.dtype, **given: Any):
-        self.clock, self.teacher, self._products = clock, teacher, products
+    def __init__(self, *, teacher: Any, clock: Clock, products: torch.dtype, labels: float, **given: Any):
+        self.clock, self.teacher, self._products, self._labels = clock, teacher, products, labels
         self.lr_scheduler: Any = None
         self.control: Any = None
         super().__init__(**given)
@@ -127,14 +129,23 @@ class Distiller(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
     ) -> Tensor:
-        """Divergence of the student's predictions from the teacher's, in nats."""
+        """How far the student's predictions are from the teacher's and from the text, in nats."""
         ids = inputs["input_ids"]
-        # Not the trainer's own mixed precision: it would widen all logits, which are most of what is in memory.
-        with torch.autocast(ids.device.type, self._products, enabled=self._products != torch.float32):
+        found, wanted = self._predictions(model, ids)
+        nothing = ids.new_full((len(ids), 1), -1)
+        return divergence(found, wanted, torch.cat([ids[:, 1:], nothing], 1), self._labels)
+
+    def _predictions(self, model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of the student and of the teacher, `[samples, length, vocabulary]`."""
+        # Not the trainer's own mixed precision: it would widen all logits, which are most of what is in memory. A
+        # tied embedding that is rounded is so once, for the look-up and for the head.
+        with (
+            torch.autocast(ids.device.type, self._products, enabled=self._products != torch.float32),
+            parametrize.cached(),
+        ):
             with torch.no_grad():
                 wanted = self.teacher(input_ids=ids, use_cache=False).logits
-            found = model(input_ids=ids, use_cache=False).logits
-        return divergence(found, wanted)
+            return model(input_ids=ids, use_cache=False).logits, wanted
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The clock's: it knows how far the run is, where only time limits it."""
@@ -158,8 +169,7 @@ class Distiller(Trainer):
         for name, samples in self.eval_dataset.items():
             total = 0.0
             for part in samples.split(self.args.per_device_train_batch_size):
-                loss = self.compute_loss(self.model, {"input_ids": part.to(self.args.device)})
-                total += float(loss) * len(part)
+                total += float(divergence(*self._predictions(self.model, part.to(self.args.device)))) * len(part)
             found[name] = total / len(samples)
         return found
 

@@ -62,7 +62,7 @@ class Recipe:
     consumers_only: bool = False
 
 
-EIGHT, FOUR = Format(8, 64), Format(4, 32)
+EIGHT, FOUR, FOUR_WIDE = Format(8, 64), Format(4, 32), Format(4, 64)
 
 RECIPES: dict[str, Recipe] = {
     "int8": Recipe("8-bit weights with a scale for each block; next to no loss, fast generation", EIGHT, EIGHT),
@@ -80,7 +80,13 @@ RECIPES: dict[str, Recipe] = {
         EIGHT,
         rounding="compensated",
     ),
-    "int4-hqq": Recipe("the same mix, rounded without text (HQQ)", FOUR, EIGHT, EIGHT, rounding="hqq"),
+    "int4-small": Recipe(
+        "4-bit weights everywhere, the embedding's too; the smallest, for models that were trained rounded",
+        FOUR_WIDE,
+        FOUR_WIDE,
+        rounding="compensated",
+    ),
+    "int4-hqq": Recipe("the mix of int4, rounded without text (HQQ)", FOUR, EIGHT, EIGHT, rounding="hqq"),
     "int4-rtn": Recipe("the same mix, each weight rounded to the nearest; to compare with", FOUR, EIGHT, EIGHT),
 }
 

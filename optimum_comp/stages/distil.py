@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from optimum_comp.calibration.mix import IN_MEMORY, weighed
+from optimum_comp.calibration.mix import IN_MEMORY, parts_of, weighed
 from optimum_comp.calibration.text import PYDOC, SELF, CalibrationSource, is_self, read_beginning
 from optimum_comp.checkpoint.opening import find_device, open_config
 from optimum_comp.checkpoint.reader import weight_files
@@ -25,6 +25,8 @@ from optimum_comp.utils import lookup_arguments
 DISTIL = "distil"
 _SAMPLES = "calibration samples"
 """Name of text that only memory holds; the samples that were taken of it are kept."""
+_WRITTEN = 0.2
+"""Share of the text that the teacher writes where a chain decides."""
 
 TEACHER = Option(
     Text("a folder or hub id"),
@@ -65,12 +67,13 @@ class Distil(Stage):
         """The same with what isn't asked for as a chain has it.
 
         Args:
-            calibration: what pruning is calibrated on: also the text to train on, unless the model writes it.
+            calibration: what pruning is calibrated on: also the text to train on, unless the model writes it. A fifth
+                is written by the teacher all the same: answers to requests, which no book holds.
             column: of a dataset that is that text.
         """
         chosen: dict[str, Any] = {}
         if self._asked.text is None and not is_self(calibration):
-            chosen["text"] = [written_source(calibration)]
+            chosen["text"] = _with_written(written_source(calibration))
             if self._asked.text_column is None:
                 chosen["text_column"] = column
         return Distil(dataclasses.replace(self._asked, **chosen), self.teacher, self._asked)
@@ -153,7 +156,7 @@ class Distil(Stage):
 
         text, known = self.settings.text, {}
         if text is not None and any(each.startswith(IN_MEMORY) for each in text):
-            text = [_SAMPLES]
+            text = [_SAMPLES if each.startswith(IN_MEMORY) else each for each in text]
             samples = chain.samples()
             known = {_SAMPLES: samples.tokens[:, 0 if samples.beginning is None else len(samples.beginning.tokens) :]}
         found = distil(
@@ -169,6 +172,16 @@ class Distil(Stage):
             record=record,
         )
         return {**found.to_dict(), "output": target.name}
+
+
+def _with_written(calibration: str) -> list[str]:
+    """A source or a mix, and a fifth that the teacher writes, unless it writes some of it anyway."""
+    parts = parts_of(calibration)
+    if not parts:
+        return [calibration, f"{SELF}:{_WRITTEN / (1 - _WRITTEN):g}"]
+    if any(part.source == SELF for part in parts):
+        return [calibration]
+    return [*(f"{part.source}:{(1 - _WRITTEN) * part.share:.6g}" for part in parts), f"{SELF}:{_WRITTEN:g}"]
 
 
 def _written(text: str) -> str:

@@ -55,8 +55,8 @@ class QuantizeSettings:
 
     recipe: str = option(
         Choice(tuple(RECIPES)),
-        "How weights are stored: int8, int8-dynamic (faster prompts), int4, int4-hqq, int4-rtn; a budget chooses by "
-        "itself.",
+        "How weights are stored: int8, int8-dynamic (faster prompts), int4, int4-small (for models trained rounded), "
+        "int4-hqq, int4-rtn; a budget chooses by itself.",
         default="int8",
     )
     target: str = option(
