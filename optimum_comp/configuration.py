@@ -27,7 +27,7 @@ from optimum_comp.utils import explaining, shown
 AXES = ("ffn", "kv", "heads")
 LAYER_METRICS = ("cosine", "loss")
 NEURON_METRICS = ("condition", "condition_gram", "condition_mask", "wanda", "magnitude", "random")
-ALLOCATIONS = ("uniform", "adaptive")
+ALLOCATIONS = ("auto", "uniform", "adaptive")
 ERROR_NORMS = ("fisher", "euclidean")
 RECOVERY_METHODS = ("least_squares", "mask", "none")
 BEGINS = ("auto", "always", "never")
@@ -69,8 +69,9 @@ OPTIONS = {
     ),
     "allocation": Option(
         Choice(ALLOCATIONS),
-        "How many neurons each layer keeps: uniform (as many as every other), or adaptive (what costs least loss, to "
-        "second order; layers with fewer than the widest are filled up with zeros, and export leaves those out).",
+        "How many neurons each layer keeps: uniform (as many as every other), adaptive (what costs least loss, to "
+        "second order; layers with fewer than the widest are filled up with zeros, and export leaves those out), or "
+        "auto: adaptive in a chain that exports, if the metric says what a neuron costs, else uniform.",
     ),
     "axes": Option(
         Subset(AXES),
@@ -157,7 +158,7 @@ class CompConfig(BaseConfig):
         sparsity: float = 0.2,
         layer_fraction: float = 0.0,
         attention_fraction: float = 0.0,
-        allocation: str = "uniform",
+        allocation: str = "auto",
         axes: list[str] | tuple[str, ...] = ("ffn", "kv"),
         layer_metric: str = "cosine",
         protected_layers: list[int] | tuple[int, ...] = (0, -1),
@@ -185,8 +186,7 @@ class CompConfig(BaseConfig):
             )
         if self.attention_fraction and self.axes == ["ffn"]:
             raise refuse("attention_fraction", attention_fraction, "0 where axes holds neither kv nor heads")
-        measures = self.resolved_neuron_metric.startswith("condition") and self.error_norm == "fisher"
-        if self.allocation == "adaptive" and not measures:
+        if self.allocation == "adaptive" and not self.measures_loss:
             raise refuse(
                 "allocation", allocation, "uniform without error_norm=fisher and a matrix-condition neuron_metric"
             )
@@ -246,6 +246,11 @@ class CompConfig(BaseConfig):
         if self.neuron_metric != "condition":
             return self.neuron_metric
         return "condition_gram" if self.recovery == "least_squares" else "condition_mask"
+
+    @property
+    def measures_loss(self) -> bool:
+        """Whether the metric says what going without a neuron costs in loss, so that layers can be compared."""
+        return self.resolved_neuron_metric.startswith("condition") and self.error_norm == "fisher"
 
     @property
     def needs_fisher(self) -> bool:

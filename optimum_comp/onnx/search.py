@@ -37,6 +37,10 @@ _OPTIONS: tuple[Format | None, ...] = (FOUR, EIGHT, None)
 """What a group of weights can be stored as, by growing size; `None` is float."""
 
 
+class BudgetError(ValueError):
+    """A budget that can't be kept; says what comes nearest."""
+
+
 @dataclass(frozen=True)
 class Budget:
     """What the quantized model may cost; at least one of both.
@@ -110,7 +114,7 @@ def search(onnx_dir: str | Path, budget: Budget, tokens: Tensor, held_out: Tenso
         target: a key of `TARGETS`.
 
     Raises:
-        ValueError: it can't be kept; says what comes nearest.
+        BudgetError: it can't be kept; says what comes nearest.
     """
     source = Path(onnx_dir)
     check_onnx_folder(source)
@@ -209,7 +213,7 @@ def _walk(budget: Budget, steps: Sequence[Step], maker: _Maker) -> tuple[Trial, 
     if budget.size is not None:
         last = _last(lambda step: maker.size(step) <= int(budget.size or 0), len(steps))
         if last < 0:
-            raise ValueError(
+            raise BudgetError(
                 f"max_size={format_bytes(budget.size)} can't be kept: with every weight in 4 bits the model takes "
                 f"{format_bytes(maker.size(0))}. Prune more of it, or allow more."
             )
@@ -219,7 +223,7 @@ def _walk(budget: Budget, steps: Sequence[Step], maker: _Maker) -> tuple[Trial, 
     best = try_out(last)
     if best.increase > allowed:
         limit = "" if budget.size is None else f" within {format_bytes(budget.size)}"
-        raise ValueError(
+        raise BudgetError(
             f"max_perplexity_increase={allowed:.2%} can't be kept{limit}: the nearest is {best.increase:+.2%} at "
             f"{format_bytes(best.size)}."
         )

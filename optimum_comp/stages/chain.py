@@ -47,6 +47,7 @@ from optimum_comp.files import (
     durably,
     hold,
 )
+from optimum_comp.onnx.search import BudgetError
 from optimum_comp.pruner import CompPruner
 from optimum_comp.report.run import CompReport
 from optimum_comp.stages.base import (
@@ -64,6 +65,7 @@ from optimum_comp.stages.base import (
     source_identity,
 )
 from optimum_comp.stages.distil import Distil
+from optimum_comp.stages.export import Export
 from optimum_comp.stages.prune import Prune
 from optimum_comp.stages.quantize import HELD_OUT, Quantize, SampleSettings
 from optimum_comp.stages.recipe import LOADING, Recipe
@@ -658,8 +660,12 @@ def _resolved(stages: Sequence[Stage], calibration: CalibrationSource | None) ->
             )
             if stage.is_equalized is None and quantize is not None:
                 stage = stage.equalized(quantize.settings.suits_equalization)
+            if any(isinstance(each, Export) for each in stages):
+                stage = stage.for_export()
             source, column = stage.calibration, stage.running.text_column
         if isinstance(stage, Distil):
+            if quantize is not None and quantize.samples is not None:
+                source, column = quantize.samples.calibration, quantize.samples.text_column
             stage = stage.decided(source, column)
         found.append(stage)
     return tuple(found)
@@ -667,7 +673,7 @@ def _resolved(stages: Sequence[Stage], calibration: CalibrationSource | None) ->
 
 def _like(error: Exception, text: str) -> Exception:
     """An error of the same kind that says more."""
-    for kind in (FileExistsError, OSError, ValueError, FloatingPointError, ImportError):
+    for kind in (BudgetError, FileExistsError, OSError, ValueError, FloatingPointError, ImportError):
         if isinstance(error, kind):
             return kind(text)
     return RuntimeError(text)

@@ -112,6 +112,13 @@ class Prune(Stage):
         config = CompConfig(**{**self.config.fields(), "equalize": value})
         return Prune(config, self.running, self.calibration, is_equalized=self.is_equalized)
 
+    def for_export(self) -> Prune:
+        """The same with widths of their own for layers where that is left open: the exported model has them."""
+        if self.config.allocation != "auto" or not self.config.measures_loss:
+            return self
+        config = CompConfig(**{**self.config.fields(), "allocation": "adaptive"})
+        return Prune(config, self.running, self.calibration, is_equalized=self.is_equalized)
+
     def identity(self, chain: Any) -> dict[str, Any]:
         """See `Stage`."""
         return {

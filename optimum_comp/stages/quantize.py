@@ -21,9 +21,9 @@ from optimum_comp.evaluation import is_onnx_folder, load_model
 from optimum_comp.files import check_folder
 from optimum_comp.onnx.export import AUTO, export_onnx, require_exporter
 from optimum_comp.onnx.quantization import QuantizationReport, quantize_onnx
-from optimum_comp.onnx.recipes import BUDGET, FOUR, RECIPES, TARGETS
+from optimum_comp.onnx.recipes import BUDGET, FOUR, RECIPES, TARGETS, Format
 from optimum_comp.onnx.runtime import require_onnxruntime
-from optimum_comp.onnx.search import Budget, search
+from optimum_comp.onnx.search import Budget, BudgetError, search
 from optimum_comp.options import (
     Choice,
     Integer,
@@ -172,7 +172,7 @@ class Quantize(Stage):
             require_held_out(chain.num_samples)
         least = least_bytes(chain.parameters_after)
         if budget.size is not None and budget.size < least:
-            raise ValueError(
+            raise BudgetError(
                 f"max_size={format_bytes(budget.size)} can't be kept: with every weight in 4 bits the model takes at "
                 f"least {format_bytes(least)}. Prune more (sparsity), or allow more."
             )
@@ -199,9 +199,14 @@ class Quantize(Stage):
         return {**dataclasses.asdict(report), "output": target.name}
 
 
-def least_bytes(parameters: int) -> int:
-    """What so many parameters take at least: no weight takes less than 4 bits and its share of a scale."""
-    return int(parameters * FOUR.column_bytes(FOUR.block_size) / FOUR.block_size)
+def least_bytes(parameters: int, form: Format = FOUR) -> int:
+    """What so many parameters take at least: no weight takes less than 4 bits and its share of a scale.
+
+    Args:
+        parameters: how many.
+        form: of the smallest weights.
+    """
+    return int(parameters * form.column_bytes(form.block_size) / form.block_size)
 
 
 def require_held_out(samples: int) -> None:

@@ -381,7 +381,7 @@ class PruningRun:
         """How many neurons each layer that stays keeps; `scratch` holds what enters the first one, and does again."""
         layers, width = len(self._kept_layers), self.keep[FFN]
         self._widths = [width] * layers
-        if self.config.allocation == "uniform" or width == self._neurons or layers == 1:
+        if self.config.allocation != "adaptive" or width == self._neurons or layers == 1:
             return
         state = {} if self._journal is None else self._journal.state
         found = self.ranks.from_first((state["widths"], state["costs"]) if "widths" in state else None)
