@@ -1,8 +1,8 @@
 """Every lever measured side by side: what each way to make a model small is worth, and the best for a budget.
 
 The levers are stages of the chain, so every candidate is a recipe, and what candidates share is made once. The walk is
-plain: bits alone first, which are cheapest to try and mostly worth most; then with ever more pruned, as long as the
-size can fit and there is time.
+plain: bits alone first, which are cheapest to try and mostly worth most, then trained for still fewer; then both with
+ever more pruned, as long as the size can fit and there is time.
 """
 
 from __future__ import annotations
@@ -18,26 +18,33 @@ from typing import Any
 
 from optimum_comp.calibration.text import PYDOC, CalibrationSource
 from optimum_comp.configuration import CompConfig
+from optimum_comp.distillation.settings import DistilSettings
 from optimum_comp.evaluation import Evaluation, Settings, evaluate_apart
 from optimum_comp.files import FRONTIER, check_folder, durably
+from optimum_comp.onnx.recipes import FOUR, FOUR_WIDE
 from optimum_comp.onnx.runtime import require_onnxruntime
-from optimum_comp.options import Duration, Number, Share, Shares, Size, Texts, option, settings_class
+from optimum_comp.onnx.search import BudgetError
+from optimum_comp.options import Boolean, Duration, Number, Share, Shares, Size, Subset, Texts, option, settings_class
 from optimum_comp.report.plots import pareto_front
 from optimum_comp.report.table import markdown_table
 from optimum_comp.stages.base import Artifact, Stage, digest, source_identity
 from optimum_comp.stages.chain import Chain
+from optimum_comp.stages.distil import Distil
 from optimum_comp.stages.export import Export, ExportSettings
 from optimum_comp.stages.prune import Prune, Running
 from optimum_comp.stages.quantize import SAMPLES, Quantize, QuantizeSettings, SampleSettings, least_bytes
 from optimum_comp.stages.recipe import Recipe
+from optimum_comp.stages.vocabulary import Vocabulary
 from optimum_comp.strict_json import read_object
 from optimum_comp.utils import format_bytes, get_logger
+from optimum_comp.vocabulary.scripts import SCRIPTS
+from optimum_comp.vocabulary.settings import VocabularySettings
 
 
 logger = get_logger(__name__)
 
-FLOAT, MIXED = "float32", "mixed"
-"""Weights as they are exported, and the best mix of precisions for a size."""
+FLOAT, MIXED, TRAINED = "float32", "mixed", "int4-small"
+"""Weights as they are exported, the best mix of precisions for a size, and the smallest, which have to be trained."""
 
 
 @settings_class
@@ -47,9 +54,20 @@ class FrontierSettings:
     sparsities: list[float] = option(
         Shares("(0, 1)"),
         "Shares of the decoder-layer parameters that are pruned, beside none.",
-        default=(0.1, 0.2, 0.3),
+        default=(0.2,),
         metavar="SHARE,SHARE",
     )
+    vocabulary: list[str] | None = option(
+        Subset(tuple(SCRIPTS)),
+        "Try all of it again with only the tokens of these scripts, like ascii (see comp vocabulary): what that costs "
+        "on the texts is part of what is measured.",
+        default=None,
+        metavar="SCRIPT,...",
+    )
+    distil: bool = option(
+        Boolean(), "Try each with every weight in 4 bits, the embedding's too, and trained for that.", default=True
+    )
+    distil_time: float = option(Duration(), "How long each of those is trained.", default=900.0, metavar="TIME")
     text: list[str] = option(
         Texts(),
         "Text that quality is measured on, which should be none that calibrates; several times for several, the worst "
@@ -88,22 +106,26 @@ class Candidate:
 
     Attributes:
         sparsity: share of the decoder-layer parameters that is pruned; 0 for none.
-        weights: `float32`, `int8`, `int4` or `mixed`.
+        weights: `float32`, `int8`, `int4`, `mixed` or, trained for it, `int4-small`.
+        scripts: whose tokens are kept; nothing for all tokens.
     """
 
     sparsity: float
     weights: str
+    scripts: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """In words."""
         pruned = f"pruned {self.sparsity:.0%}" if self.sparsity else "dense"
-        return f"{pruned}, {self.weights}"
+        tokens = f", {' and '.join(self.scripts)} only" if self.scripts else ""
+        return f"{pruned}{tokens}, {self.weights}" + ", trained" * (self.weights == TRAINED)
 
     @property
     def folder(self) -> str:
-        """Name of the folder that it shares with others of its sparsity."""
-        return f"pruned-{self.sparsity:g}" if self.sparsity else "dense"
+        """Name of the folder that it shares with others of its sparsity and vocabulary."""
+        pruned = f"pruned-{self.sparsity:g}" if self.sparsity else "dense"
+        return "-".join([pruned, *self.scripts])
 
 
 @dataclass
@@ -227,17 +249,18 @@ class Frontier:
                 f"Chosen: {point.candidate.name}, {format_bytes(point.size)}, {faster}perplexity at most "
                 f"{point.increase:+.1%}, in {point.folder}."
             )
-            if not point.candidate.sparsity:
-                return f"{said} Quantization alone is best here: no pruned model that keeps to this does as well."
-            return said
+            if point.candidate.sparsity:
+                return said
+            alone = "Training for fewer bits" if point.candidate.weights == TRAINED else "Quantization alone"
+            return f"{said} {alone} is best here: no pruned model that keeps to this does as well."
         if self.settings.has_budget:
             missed = nearest_text(self.settings, self.points)
             return f"Nothing that was made keeps to {wanted_text(self.settings)}. {missed}"
         if not pruned:
-            return "Quantization alone is best at every size that was tried: no pruned model is on the front."
+            return "Fewer bits are best at every size that was tried: no pruned model is on the front."
         largest = max(pruned, key=lambda each: each.size)
         return (
-            f"Above {format_bytes(largest.size)}, quantization alone is best; from there on, pruning is on the front, "
+            f"Above {format_bytes(largest.size)}, fewer bits alone are best; from there on, pruning is on the front, "
             f"at {largest.increase:+.1%} and more."
         )
 
@@ -321,8 +344,7 @@ def find_frontier(
         model: folder or hub id.
         output: gets a folder for each sparsity, `comp_frontier.json` and `README.md`.
         settings: what is tried, and what is wanted.
-        config: how to prune, but for the sparsity; with widths of their own for layers if `None`, since what comes out
-            is ONNX.
+        config: how to prune, but for the sparsity; the defaults if `None`.
         calibration: text to calibrate with; the model's own (`self`) if `None`.
         exporter: see `export_onnx`.
         target: the processor that it is for.
@@ -341,7 +363,7 @@ def find_frontier(
         str(model),
         Path(output),
         settings or FrontierSettings(),
-        config or CompConfig(allocation="adaptive"),
+        config or CompConfig(),
         calibration,
         ExportSettings(exporter=exporter),
         target,
@@ -387,8 +409,13 @@ class _Walk:
         known = self._known()
         candidates = list(self._candidates())
         # All that can be refused is, before any of it is made.
-        for candidate in candidates:
-            self._chain(candidate).parameters_after  # noqa: B018
+        smallest = min((self._least(each), each.name) for each in candidates if each.weights != FLOAT)
+        limit = self.settings.max_size
+        if limit is not None and smallest[0] > limit:
+            raise ValueError(
+                f"max_size={format_bytes(limit)} can't be kept: the smallest that is tried ({smallest[1]}) takes "
+                f"{format_bytes(smallest[0])} with every weight in 4 bits. Give more, or prune more (sparsities)."
+            )
         self.output.mkdir(parents=True, exist_ok=True)
         self._write()
         for number, candidate in enumerate(candidates, 1):
@@ -397,22 +424,29 @@ class _Walk:
                 self.left[candidate.name] = reason
                 continue
             logger.info("%d of %d: %s.", number, len(candidates), candidate.name)
-            self.points.append(self._made(candidate, known))
+            try:
+                self.points.append(self._made(candidate, known))
+            except BudgetError as error:
+                self.left[candidate.name] = str(error).splitlines()[0].rstrip(".")
+                continue
             self._compare(self.points[-1])
             self._write()
         return self._write()
 
     def _candidates(self) -> Iterator[Candidate]:
         yield Candidate(0.0, FLOAT)
+        weights = ["int8", "int4"]
+        weights += [MIXED] * (self.settings.max_size is not None) + [TRAINED] * self.settings.distil
+        scripts = tuple(self.settings.vocabulary or ())
         for sparsity in (0.0, *sorted(self.settings.sparsities)):
-            for weights in ("int8", "int4"):
-                yield Candidate(sparsity, weights)
-            if self.settings.max_size is not None:
-                yield Candidate(sparsity, MIXED)
+            for kept in ((), scripts) if scripts else ((),):
+                yield from (Candidate(sparsity, each, kept) for each in weights)
 
     def _chain(self, candidate: Candidate) -> Chain:
         config, stages = self.config, list[Stage]()
         samples = None
+        if candidate.scripts:
+            stages.append(Vocabulary(VocabularySettings(scripts=list(candidate.scripts))))
         if candidate.sparsity:
             fields = {**config.fields(), "sparsity": candidate.sparsity}
             # One model for all precisions: what evens out activations for 8 bits costs 4 bits some quality.
@@ -425,6 +459,8 @@ class _Walk:
                 sequence_length=config.sequence_length,
                 begin=config.begin,
             )
+        if candidate.weights == TRAINED:
+            stages.append(Distil(DistilSettings(rounding=TRAINED, time=self.settings.distil_time)))
         stages.append(Export(self.export))
         if candidate.weights != FLOAT:
             is_mixed = candidate.weights == MIXED
@@ -442,6 +478,11 @@ class _Walk:
             overwrite=self.overwrite,
         )
 
+    def _least(self, candidate: Candidate) -> int:
+        """Bytes that a candidate takes with every weight in as few bits as it may have."""
+        form = FOUR_WIDE if candidate.weights == TRAINED else FOUR
+        return least_bytes(self._chain(candidate).parameters_after, form)
+
     def _reason_against(self, candidate: Candidate) -> str | None:
         """Why a candidate isn't made; `None` if it is."""
         if candidate.weights == FLOAT:
@@ -449,12 +490,12 @@ class _Walk:
             return None
         limit = self.settings.max_size
         if limit is not None:
-            size = least_bytes(self._chain(candidate).parameters_after)
+            size = self._least(candidate)
             if size > limit:
                 return f"with every weight in 4 bits it takes {format_bytes(size)}, more than {format_bytes(limit)}"
         if candidate.weights == MIXED:
             fits = next(
-                (p for p in self.points if p.candidate.sparsity == candidate.sparsity and p.size <= (limit or 0)), None
+                (p for p in self.points if p.candidate.folder == candidate.folder and p.size <= (limit or 0)), None
             )
             if fits is not None and fits.candidate.weights == "int8":
                 return "8 bits fit"
@@ -468,7 +509,10 @@ class _Walk:
     def _expected(self, candidate: Candidate) -> float:
         """Seconds that a candidate will take, by what others took."""
         seconds = self.took.get("measure", 0.0) + self.took.get(candidate.weights, self.took.get("quantize", 60.0))
-        is_pruned = any(point.candidate.sparsity == candidate.sparsity for point in self.points)
+        if candidate.weights == TRAINED:
+            # The rest of it is reading, writing and exporting.
+            seconds += 1.2 * self.settings.distil_time + self.took.get("export", 60.0)
+        is_pruned = any(point.candidate.folder == candidate.folder for point in self.points)
         if is_pruned or not candidate.sparsity:
             return seconds
         tokens = self.config.num_samples * self.config.sequence_length

@@ -7,7 +7,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import need_onnx, run, tiny_model, tiny_tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 
 need_onnx()
@@ -40,6 +43,7 @@ def made(tmp_path_factory):
 
 
 def walk(made: Path, output: Path, **settings) -> Frontier:
+    settings = {"distil": False, **settings}
     asked = FrontierSettings(sparsities=[0.3], text=[str(made / "dog.txt"), str(made / "cat.txt")], **settings)
     return find_frontier(
         made / "model", output, asked, config=CONFIG, calibration=str(made / "cat.txt"), measuring=MEASURING
@@ -76,16 +80,86 @@ def test_every_candidate_is_made_measured_and_kept(made, tmp_path):
     assert sized.chosen.increase == min(point.increase for point in sized.points if point.size <= limit)
 
 
+@pytest.mark.slow
+def test_training_for_fewer_bits_is_a_candidate(made, tmp_path):
+    found = walk(made, tmp_path / "out", distil=True, distil_time=5)
+    trained = [point for point in found.points if point.candidate.weights == "int4-small"]
+    assert [point.candidate.name for point in trained] == [
+        "dense, int4-small, trained",
+        "pruned 30%, int4-small, trained",
+    ]
+    sizes = {point.candidate.name: point.size for point in found.points}
+    for point in trained:
+        assert point.size < sizes[point.candidate.name.replace("int4-small, trained", "int4")]
+        distilled = point.folder.parent / point.folder.name.removesuffix("-int4-small")
+        stored = json.loads((distilled / "comp_distil.json").read_text())
+        assert stored["settings"]["rounding"] == "int4-small" and stored["steps"] > 0
+        assert set(stored["texts"]) == {"cat.txt", "self"}
+
+
+def test_fewer_tokens_are_a_candidate_and_compared_by_bytes(made, tmp_path):
+    russian = "Кошка сидела на коврике и смотрела на луну. Собака лаяла; никто не пришёл.\n" * 30
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator([(made / "cat.txt").read_text(), russian], trainer)
+    folder = tmp_path / "model"
+    torch.manual_seed(0)
+    config = tiny_model("llama").config
+    config.vocab_size = len(tokenizer.get_vocab())
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    asked = FrontierSettings(
+        sparsities=[], text=[str(made / "dog.txt")], vocabulary=["ascii"], distil=False, time="10min"
+    )
+    found = find_frontier(
+        folder, tmp_path / "out", asked, config=CONFIG, calibration=str(made / "cat.txt"), measuring=MEASURING
+    )
+    assert found.left == {}
+    points = {point.candidate.name: point for point in found.points}
+    whole, fewer = points["dense, int8"], points["dense, ascii only, int8"]
+    assert fewer.size < whole.size and fewer.evaluations[0].vocabulary < whole.evaluations[0].vocabulary
+    # Perplexities of two vocabularies aren't comparable; bits of the same bytes are.
+    assert abs(fewer.increases[0] - whole.increases[0]) < 0.5
+    assert points["dense, ascii only, int4"].folder.parent.name == "dense-ascii"
+    # What can't be made smaller is said by name, before anything is made.
+    with pytest.raises(ValueError, match="WordLevel"):
+        walk(made, tmp_path / "other", vocabulary=["ascii"])
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_budget_that_nothing_keeps_to_says_what_comes_nearest(made, tmp_path):
+    # Weights alone would fit; the graph around them doesn't.
+    limit = sum(each.numel() for each in tiny_model("llama").parameters()) * 5 // 8
     done = run(
         *("frontier", "--model", made / "model", "--sparsities", "0.3", "--text", made / "dog.txt"),
         *("--calibration", made / "cat.txt", "--num-samples", "8", "--sequence-length", "32", "--round-to", "8"),
-        *("--window", "32", "--max-tokens", "96", "--prompt-tokens", "0", "--max-size", "1kB", tmp_path / "out"),
+        *("--window", "32", "--max-tokens", "96", "--prompt-tokens", "0", "--no-distil"),
+        *("--max-size", f"{limit}B", tmp_path / "out"),
         check=False,
     )
     assert done.returncode == 1 and "isn't kept by anything" in done.stderr and "Traceback" not in done.stderr
-    assert "the nearest is" in done.stdout and "was left out: with every weight in 4 bits" in done.stdout
+    assert "the nearest is" in done.stdout
     assert (tmp_path / "out" / "dense").is_dir()
+
+
+def test_a_size_that_no_candidate_can_have_is_refused_before_anything_is_made(made, tmp_path):
+    for command, more in (("frontier", ["--sparsities", "0.3"]), ("compress", [])):
+        asked = ("--model", made / "model", *more, "--max-size", "1kB")
+        done = run(command, *asked, tmp_path / "out", check=False)
+        assert done.returncode == 1 and "max_size=1.0 kB can't be kept: the smallest" in done.stderr
+        assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_compress_searches_where_only_a_budget_is_given(made, tmp_path):
+    asked = ("compress", "--model", made / "model", "--max-perplexity-increase", "500%", "--time", "1s")
+    sizes = ("--num-samples", "8", "--sequence-length", "32", "--round-to", "8", "--prompt-tokens", "0")
+    given = (*asked, *sizes, "--calibration", made / "cat.txt", "--text", made / "dog.txt", "--window", "32")
+    done = run(*given, tmp_path / "out")
+    assert "Chosen: dense, float32" in done.stdout and "are left" in done.stdout
+    done = run(*asked, "--weights", "int4", tmp_path / "other", check=False)
+    assert done.returncode == 1 and "time asks for a search over all levers, and --weights says how" in done.stderr
 
 
 def test_what_may_not_begin_any_more_is_named(made, tmp_path):
@@ -143,6 +217,6 @@ def test_the_verdict_says_where_quantization_alone_is_best():
     found = Frontier(Path("out"), settings, POINTS, choose(POINTS, settings), {})
     assert "Quantization alone is best here" in found.verdict()
     nothing = dataclasses.replace(found, settings=FrontierSettings(text=["a.txt"]), chosen=None)
-    assert "Above 150 B, quantization alone is best" in nothing.verdict()
+    assert "Above 150 B, fewer bits alone are best" in nothing.verdict()
     bits = dataclasses.replace(nothing, points=POINTS[:3])
     assert "best at every size" in bits.verdict()

@@ -20,6 +20,7 @@ class CompressCommand(CompSubcommand):
         """See `CompSubcommand`."""
         from optimum_comp.commands import arguments
         from optimum_comp.distillation.settings import DistilSettings
+        from optimum_comp.frontier import FrontierSettings
         from optimum_comp.options import defaults_of, options_of
         from optimum_comp.stages.distil import Distil
         from optimum_comp.stages.quantize import QuantizeSettings
@@ -65,6 +66,15 @@ class CompressCommand(CompSubcommand):
         group.add_argument("--weights", choices=("int8", "int4"), help="Bits of the weights [int8].")
         quantizing, defaults = options_of(QuantizeSettings), defaults_of(QuantizeSettings)
         arguments.add_options(group, quantizing, defaults, without={"recipe"})
+        group = parser.add_argument_group(
+            "search over all levers",
+            "A budget (--max-size, --max-perplexity-increase, --min-speedup) with nothing said of\n"
+            "how to keep it (--recipe, --weights, --sparsity, --preset, --config, --distil,\n"
+            "--vocabulary, --bundle) is searched for as comp frontier does, and the best is chosen.\n"
+            "Otherwise it is the quantization's, relative to the model that is quantized.",
+        )
+        known, defaults = options_of(FrontierSettings), defaults_of(FrontierSettings)
+        arguments.add_options(group, known, defaults, without=set(known) - {"sparsities", "min_speedup", "time"})
         bundle = parser.add_argument_group("for the phone")
         bundle.add_argument(
             "--bundle",
@@ -86,12 +96,17 @@ class CompressCommand(CompSubcommand):
         parser.add_argument("output", type=Path, metavar="OUTPUT", help="Output folder.")
 
     def execute(self) -> None:
-        """Run the chain and print its table."""
+        """Run the chain and print its table, or search for what keeps a budget."""
         from optimum_comp.commands.arguments import loading_arguments
+        from optimum_comp.commands.frontier import require_chosen, search
         from optimum_comp.compress import run
         from optimum_comp.stages.recipe import LOADING
 
         args = self.args
+        searched = self._searched()
+        if searched is not None:
+            require_chosen(search(args, searched))
+            return
         loading = loading_arguments(args)
         result = run(
             self._recipe({name: value for name, value in loading.items() if name in LOADING}),
@@ -103,6 +118,39 @@ class CompressCommand(CompSubcommand):
         )
         write_json(args.json, result.to_dict())
         print(result.text())
+
+    def _searched(self) -> Any:
+        """What is to be searched for; `None` if it is said how to do it.
+
+        Raises:
+            ValueError: a search is asked for, and how to do it is said, too.
+        """
+        from optimum_comp.commands.arguments import given_options
+        from optimum_comp.frontier import FrontierSettings
+        from optimum_comp.stages.distil import Distil
+        from optimum_comp.stages.vocabulary import Vocabulary
+
+        args = self.args
+        asked = given_options(args, ("max_size", "max_perplexity_increase", "min_speedup", "sparsities", "time"))
+        names = ("recipe", "resume", "weights", "sparsity", "preset", "config", "distil", "bundle", "ort_format")
+        said = [f"--{name}".replace("_", "-") for name in names if getattr(args, name)]
+        for prefix, options in (("distil_", Distil.options()), ("vocabulary_", Vocabulary.options())):
+            said += [f"--{prefix}{name}".replace("_", "-") for name in given_options(args, options, prefix=prefix)]
+        if asked and not said:
+            if args.model is None:
+                raise ValueError("give the model (--model).")
+            if args.no_measure:
+                raise ValueError("a budget is searched for by measuring: leave --no-measure away.")
+            if args.text is not None:
+                asked["text"] = [args.text]
+            return FrontierSettings(**asked)
+        only = [name for name in asked if name in ("min_speedup", "sparsities", "time")]
+        if only:
+            raise ValueError(
+                f"{', '.join(only)} asks for a search over all levers, and {', '.join(said)} says how to do it; leave "
+                "one of them away."
+            )
+        return None
 
     def _recipe(self, loading: dict[str, Any]) -> Any:
         """The recipe with what the options change in it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser
 from pathlib import Path
+from typing import Any
 
 from optimum.commands.base import CommandInfo
 
@@ -43,44 +44,70 @@ class FrontierCommand(CompSubcommand):
 
     def execute(self) -> None:
         """Try, and print the table; a budget that nothing keeps to is an error, with what comes nearest."""
-        from optimum_comp.commands.arguments import given_options, loading_arguments, pruning_settings
-        from optimum_comp.configuration import FIELDS
-        from optimum_comp.evaluation import Settings
-        from optimum_comp.frontier import FrontierSettings, find_frontier
-        from optimum_comp.options import options_of, parse_bytes
+        from optimum_comp.commands.arguments import given_options
+        from optimum_comp.frontier import FrontierSettings
+        from optimum_comp.options import options_of
         from optimum_comp.report.plots import require_matplotlib, write_report
-        from optimum_comp.stages.prune import Prune
 
         args = self.args
         if args.report is not None:
             require_matplotlib()
-        pruning = pruning_settings(args)
-        decides = {"allocation", "preset", "neuron_metric", "error_norm"}
-        if args.config is None and not decides & set(pruning):
-            # What comes out is ONNX, which leaves out the zeros.
-            pruning["allocation"] = "adaptive"
-        prune = Prune.from_settings(**{name: value for name, value in pruning.items() if name != "calibration"})
-        unused = sorted(set(pruning) - set(FIELDS) - {"preset", "calibration"})
-        if unused:
-            raise ValueError(f"frontier doesn't take {', '.join(unused)}.")
-        measuring = given_options(args, set(options_of(Settings)) - {"text", "begin", "text_column"})
-        found = find_frontier(
-            args.model,
-            args.output,
-            FrontierSettings(**given_options(args, options_of(FrontierSettings))),
-            config=prune.config,
-            calibration=pruning.get("calibration"),
-            target=args.target or "any",
-            exporter=args.exporter or "auto",
-            measuring=Settings(**measuring),
-            max_memory=None if args.max_memory is None else parse_bytes(args.max_memory),
-            overwrite=args.overwrite,
-            **loading_arguments(args),
-        )
-        write_json(args.json, found.to_dict())
-        print(found.text())
+        found = search(args, FrontierSettings(**given_options(args, options_of(FrontierSettings))))
         if args.report is not None:
             results = {point.candidate.name: point.evaluations[0] for point in found.points}
             print(f"\n{write_report(results, args.report, f'{Path(args.model).name}: what each lever is worth')}")
-        if found.settings.has_budget and found.chosen is None:
-            raise ValueError("the budget isn't kept by anything that was made; all of it is kept.")
+        require_chosen(found)
+
+
+def search(args: Any, settings: Any) -> Any:
+    """Make and measure what is to be tried, and print the table.
+
+    Args:
+        args: of a command that has the options of pruning, export, measuring, loading and memory.
+        settings: `FrontierSettings`.
+
+    Returns:
+        A `Frontier`.
+
+    Raises:
+        ValueError: an option is of no use here.
+    """
+    from optimum_comp.commands.arguments import given_options, loading_arguments, pruning_settings
+    from optimum_comp.configuration import FIELDS
+    from optimum_comp.evaluation import Settings
+    from optimum_comp.frontier import find_frontier
+    from optimum_comp.options import options_of, parse_bytes
+    from optimum_comp.stages.prune import Prune
+
+    pruning = pruning_settings(args)
+    prune = Prune.from_settings(**{name: value for name, value in pruning.items() if name != "calibration"})
+    unused = sorted(set(pruning) - set(FIELDS) - {"preset", "calibration"})
+    if unused:
+        raise ValueError(f"a search over all levers doesn't take {', '.join(unused)}.")
+    measuring = given_options(args, set(options_of(Settings)) - {"text", "begin", "text_column"})
+    found = find_frontier(
+        args.model,
+        args.output,
+        settings,
+        config=prune.config,
+        calibration=pruning.get("calibration"),
+        target=args.target or "any",
+        exporter=args.exporter or "auto",
+        measuring=Settings(**measuring),
+        max_memory=None if args.max_memory is None else parse_bytes(args.max_memory),
+        overwrite=args.overwrite,
+        **loading_arguments(args),
+    )
+    write_json(args.json, found.to_dict())
+    print(found.text())
+    return found
+
+
+def require_chosen(found: Any) -> None:
+    """Make an error of a budget that nothing keeps to.
+
+    Raises:
+        ValueError: so it is.
+    """
+    if found.settings.has_budget and found.chosen is None:
+        raise ValueError("the budget isn't kept by anything that was made; all of it is kept.")
