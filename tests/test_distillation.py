@@ -43,18 +43,23 @@ def models(tmp_path_factory):
     pruner = CompPruner.from_pretrained(str(folder / "dense"))
     config = CompConfig(sparsity=0.4, num_samples=8, sequence_length=32, round_to=8, begin="never")
     pruner.prune(config, str(folder / "text.txt"), output=folder / "pruned")
+    own = CompConfig(**{**config.fields(), "axes": ["ffn"], "allocation": "adaptive"})
+    pruner = CompPruner.from_pretrained(str(folder / "dense"))
+    pruner.prune(own, str(folder / "text.txt"), output=folder / "adaptive")
     return folder
 
 
 NAME = "pruned-distilled-for-int4"
 
 
-def distilled(models: Path, output: Path, *, overwrite: bool = False, resume: bool = False, **given):
+def distilled(
+    models: Path, output: Path, *, student: str = "pruned", overwrite: bool = False, resume: bool = False, **given
+):
     given = {"text": [str(models / "text.txt")], **SMALL, **given}
     if "time" not in given:
         given.setdefault("steps", 30)
     chosen = DistilSettings(**given)
-    return distil(models / "pruned", models / "dense", output, chosen, overwrite=overwrite, resume=resume)
+    return distil(models / student, models / "dense", output, chosen, overwrite=overwrite, resume=resume)
 
 
 @settings(deadline=None, max_examples=30)
@@ -299,10 +304,15 @@ def test_a_tied_embedding_is_rounded_once_and_trained(models, tmp_path):
 
 @pytest.mark.onnx
 @pytest.mark.parametrize(
-    "recipe",
-    ["int4", "int4-small", *(pytest.param(name, marks=pytest.mark.slow) for name in ("int4-hqq", "int4-rtn"))],
+    ("recipe", "student"),
+    [
+        ("int4", "pruned"),
+        ("int4-small", "pruned"),
+        ("int4-small", "adaptive"),
+        *(pytest.param(name, "pruned", marks=pytest.mark.slow) for name in ("int4-hqq", "int4-rtn")),
+    ],
 )
-def test_the_exported_model_is_the_one_that_was_trained(recipe, models, tmp_path):
+def test_the_exported_model_is_the_one_that_was_trained(recipe, student, models, tmp_path):
     """Block by block: what the graph's codes and scales stand for is the checkpoint's weight."""
     import onnx
     from onnx import numpy_helper
@@ -310,10 +320,10 @@ def test_the_exported_model_is_the_one_that_was_trained(recipe, models, tmp_path
     from optimum_comp.onnx.export import export_onnx
     from optimum_comp.onnx.quantization import quantize_onnx
 
-    distilled(models, tmp_path / "out", rounding=recipe, steps=6)
+    distilled(models, tmp_path / "out", student=student, rounding=recipe, steps=6)
     export_onnx(tmp_path / "out", tmp_path / "onnx")
     quantize_onnx(tmp_path / "onnx", tmp_path / "few", recipe=recipe, tokens=tiny_blocks(4))
-    weights = load_file(tmp_path / "out" / "model.safetensors")
+    weights = without_zeros(tmp_path / "out")
     graph = onnx.load(tmp_path / "few" / "model.onnx").graph
     stored = {each.name: numpy_helper.to_array(each) for each in graph.initializer}
     seen: set[str] = set()
@@ -329,6 +339,21 @@ def test_the_exported_model_is_the_one_that_was_trained(recipe, models, tmp_path
         seen.update(names)
     few = [name for name in weights if "norm" not in name and (recipe == "int4-small" or not _is_eight(name))]
     assert seen == set(few)
+
+
+def without_zeros(folder: Path) -> dict[str, torch.Tensor]:
+    """Weights of a checkpoint without the neurons that fill its narrower layers up, but for whole blocks of 32."""
+    weights = load_file(folder / "model.safetensors")
+    widths = json.loads((folder / "config.json").read_text()).get("comp_widths")
+    for layer, width in enumerate(widths or []):
+        path, width = f"model.layers.{layer}.mlp", -(-width // 32) * 32
+        for name in ("gate_proj", "up_proj"):
+            weights[f"{path}.{name}.weight"] = weights[f"{path}.{name}.weight"][:width]
+        down = weights[f"{path}.down_proj.weight"]
+        assert not down[:, width:].any()
+        weights[f"{path}.down_proj.weight"] = down[:, :width]
+    assert widths is None or len(set(widths)) > 1
+    return weights
 
 
 def _is_eight(name: str) -> bool:

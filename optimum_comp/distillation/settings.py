@@ -60,7 +60,7 @@ class DistilSettings:
         Number("(0, 1]"),
         "Largest learning rate of AdamW.",
         default=None,
-        default_text="2e-4; 1e-4 with rounding",
+        default_text="3e-4; 1e-4 with rounding",
     )
     batch_size: int = option(Integer(1), "Samples of each step.", default=4)
     sequence_length: int = option(Integer(2), "Tokens of each sample, start tokens included.", default=256)
@@ -76,7 +76,8 @@ class DistilSettings:
     )
     rounding: str | None = option(
         Choice(ROUNDED),
-        "Train with weights as this recipe rounds them, which then finds them rounded already (quantization-aware).",
+        "Train with weights as this recipe rounds them, which then finds them rounded already (quantization-aware); "
+        "int4-small: every weight in 4 bits.",
         default=None,
         default_text="not rounded",
     )
@@ -120,7 +121,7 @@ class DistilSettings:
         """Largest learning rate: from rounded weights, which are near the teacher's already, a smaller one."""
         if self.learning_rate is not None:
             return self.learning_rate
-        return 2e-4 if self.rounding is None else 1e-4
+        return 3e-4 if self.rounding is None else 1e-4
 
     @property
     def tokens_of_a_step(self) -> int:
