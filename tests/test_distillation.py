@@ -20,7 +20,7 @@ from optimum_comp.calibration.self_written import converse
 from optimum_comp.core.distillation import divergence
 from optimum_comp.core.rounding import compensated, nearest, on_grid, straight_through, within_its_codes
 from optimum_comp.distillation import trainer
-from optimum_comp.distillation.run import distil, memory_of, micro_batch
+from optimum_comp.distillation.run import distil, learning_rate, memory_of, micro_batch
 from optimum_comp.distillation.settings import DistilSettings
 from optimum_comp.distillation.texts import Stream, TextBlocks, sources_of
 
@@ -514,6 +514,24 @@ def test_what_was_trained_is_explained(models, tmp_path):
     (tmp_path / "out" / "comp_distil.json").write_text("{}")
     damaged = run("explain", tmp_path / "out", check=False)
     assert damaged.returncode == 1 and "comp_distil.json is damaged" in damaged.stderr
+
+
+def test_the_learning_rate_is_a_share_of_the_weights_size(models):
+    model = AutoModelForCausalLM.from_pretrained(models / "pruned")
+    rates = [learning_rate(model.model.layers, is_rounded=each) for each in (False, True)]
+    assert 0 < rates[1] < rates[0] < 0.1
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 0.2
+    again = [learning_rate(model.model.layers, is_rounded=each) for each in (False, True)]
+    assert again == pytest.approx([0.2 * each for each in rates], rel=1e-3)
+
+
+def test_training_that_leads_away_is_said(models, tmp_path, caplog):
+    with caplog.at_level("WARNING"):
+        found = distilled(models, tmp_path / "out", learning_rate=0.5, steps=4)
+    assert sum(found.after.values()) > sum(found.before.values())
+    assert "farther from the teacher" in caplog.text and "learning_rate than 0.5" in caplog.text
 
 
 def test_the_learning_rate_rises_and_falls_with_time(monkeypatch):

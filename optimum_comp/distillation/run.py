@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,9 @@ _OF_THE_RUN = ("time", "steps", "device", "matmul_dtype")
 """Settings that may be others where a run is gone on with."""
 _LORA_RANK = 16
 _TOGETHER = 32
+_RELATIVE, _RELATIVE_ROUNDED = 1.6e-3, 5.3e-4
+"""Largest learning rate, relative to the root mean square of the middle one of all weight matrices; measured on
+SmolLM2-135M."""
 _ROUNDING_SAMPLES = 48
 """Samples that rounding looks at before it is trained."""
 
@@ -501,6 +504,9 @@ class _Run:
             round_while_training(student.eval(), family, settings.rounding, looked_at)
         set_seed(settings.seed)
         dead = dead_units(family, student)
+        rate = settings.learning_rate or learning_rate(
+            family.get_layers(student), is_rounded=settings.rounding is not None
+        )
         if rank:
             student = _with_lora(student, rank)
         trained = sum(each.numel() for each in student.parameters() if each.requires_grad)
@@ -518,7 +524,7 @@ class _Run:
                 self.work,
                 batch_size=micro,
                 accumulation=settings.batch_size // micro,
-                learning_rate=settings.rate,
+                learning_rate=rate,
                 steps=steps,
                 seed=settings.seed,
                 use_cpu=device.type == "cpu",
@@ -538,6 +544,15 @@ class _Run:
         after = trainer.held_out_divergences()
         if not all(math.isfinite(value) for value in after.values()):
             raise FloatingPointError("the trained model's predictions aren't finite; take a smaller learning_rate.")
+        if sum(after.values()) > sum(before.values()):
+            logger.warning(
+                "What was trained is farther from the teacher than it was (%.3f nats on average, %.3f before)%s. Give "
+                "it more time or text, or a smaller learning_rate than %.2g.",
+                sum(after.values()) / len(after),
+                sum(before.values()) / len(before),
+                ", which the text's own tokens may be worth" if settings.labels else "",
+                rate,
+            )
         if rank:
             student = student.merge_and_unload()
             # Low-rank additions know nothing of the zeros that fill up a layer.
@@ -637,6 +652,25 @@ class _Run:
                 )
                 (folder / CARD).write_text(text, encoding="utf-8")
             (folder / DISTILLATION).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+
+
+def learning_rate(layers: Iterable[nn.Module], *, is_rounded: bool) -> float:
+    """The largest learning rate: a share of the weights' own size, since AdamW's steps are of one size for all.
+
+    A model whose weights are a fifth as large needs steps a fifth as large, most of all where they are rounded to a
+    grid that is as much finer; as Adafactor's relative step sizes (arXiv 1804.04235).
+
+    Args:
+        layers: decoder layers.
+        is_rounded: weights are rounded, and near the teacher's already.
+    """
+    sizes = [
+        float(each.detach().square().mean().sqrt())
+        for layer in layers
+        for each in layer.parameters()
+        if each.dim() == 2
+    ]
+    return (_RELATIVE_ROUNDED if is_rounded else _RELATIVE) * sorted(sizes)[len(sizes) // 2]
 
 
 def _products(settings: DistilSettings, device: torch.device) -> torch.dtype:
