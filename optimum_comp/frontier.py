@@ -399,6 +399,7 @@ class _Walk:
         self.took: dict[str, float] = {}
         self.points: list[Point] = []
         self.left: dict[str, str] = {}
+        self.parameters: dict[str, int] = {}
 
     def run(self) -> Frontier:
         require_onnxruntime()
@@ -481,7 +482,10 @@ class _Walk:
     def _least(self, candidate: Candidate) -> int:
         """Bytes that a candidate takes with every weight in as few bits as it may have."""
         form = FOUR_WIDE if candidate.weights == TRAINED else FOUR
-        return least_bytes(self._chain(candidate).parameters_after, form)
+        # Those that share a folder share them; reading a large vocabulary takes a while.
+        if candidate.folder not in self.parameters:
+            self.parameters[candidate.folder] = self._chain(candidate).parameters_after
+        return least_bytes(self.parameters[candidate.folder], form)
 
     def _reason_against(self, candidate: Candidate) -> str | None:
         """Why a candidate isn't made; `None` if it is."""

@@ -140,7 +140,8 @@ def test_a_budget_that_nothing_keeps_to_says_what_comes_nearest(made, tmp_path):
         check=False,
     )
     assert done.returncode == 1 and "isn't kept by anything" in done.stderr and "Traceback" not in done.stderr
-    assert "the nearest is" in done.stdout
+    assert "the nearest is" in done.stdout and "was left out: " in done.stdout
+    assert "with every weight in 4 bits" in done.stdout
     assert (tmp_path / "out" / "dense").is_dir()
 
 

@@ -109,14 +109,16 @@ class Prune(Stage):
 
     def equalized(self, value: bool) -> Prune:
         """The same, with or without equalization."""
-        config = CompConfig(**{**self.config.fields(), "equalize": value})
-        return Prune(config, self.running, self.calibration, is_equalized=self.is_equalized)
+        return self._with(equalize=value)
 
     def for_export(self) -> Prune:
         """The same with widths of their own for layers where that is left open: the exported model has them."""
         if self.config.allocation != "auto" or not self.config.measures_loss:
             return self
-        config = CompConfig(**{**self.config.fields(), "allocation": "adaptive"})
+        return self._with(allocation="adaptive")
+
+    def _with(self, **fields: Any) -> Prune:
+        config = CompConfig(**{**self.config.fields(), **fields})
         return Prune(config, self.running, self.calibration, is_equalized=self.is_equalized)
 
     def identity(self, chain: Any) -> dict[str, Any]:
