@@ -140,7 +140,7 @@ def on_paper(samples: int, length: int, rate: float) -> None:
         source = ResidentModel(empty_model(llama, torch.bfloat16), family_of(llama))
         allocation = CompPruner(source).plan(config)
         # As if it were streamed, and widened to float32 while a layer runs.
-        work = replace(workload_of(source, config, allocation, Ranks()), compute=4, whole_model=0)
+        work = replace(workload_of(source, config, [allocation], Ranks()), compute=4, whole_model=0)
         parameters = parameter_count(source.model)
         plans = [
             predict(work, MemoryPlan(batch, False, False, 0), base),

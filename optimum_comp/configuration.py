@@ -8,11 +8,13 @@ from typing import Any
 from optimum.configuration_utils import BaseConfig
 
 from optimum_comp.options import (
+    AUTO,
     Boolean,
     Choice,
     Integer,
     Integers,
     Number,
+    NumberOrAuto,
     Option,
     Subset,
     describe,
@@ -60,12 +62,15 @@ OPTIONS = {
         "are rounded so that at least this share goes.",
     ),
     "layer_fraction": Option(
-        Number("[0, 1]"), "Share of the sparsity that whole decoder layers take; neurons take the rest."
+        NumberOrAuto("[0, 1]"),
+        "Share of the sparsity that whole decoder layers take; neurons take the rest. auto: as many as cost less loss "
+        "than what else could go, to second order and bridged, no two of them neighbours; 0 if the metric doesn't say "
+        "what a unit costs.",
     ),
     "attention_fraction": Option(
-        Number("[0, 1]"),
+        NumberOrAuto("[0, 1]"),
         "Share of the sparsity that attention takes, rounded down to whole key-value groups or query heads of every "
-        "group.",
+        "group. auto: as many as cost less loss than what else could go.",
     ),
     "allocation": Option(
         Choice(ALLOCATIONS),
@@ -156,8 +161,8 @@ class CompConfig(BaseConfig):
     def __init__(
         self,
         sparsity: float = 0.2,
-        layer_fraction: float = 0.0,
-        attention_fraction: float = 0.0,
+        layer_fraction: float | str = 0.0,
+        attention_fraction: float | str = 0.0,
         allocation: str = "auto",
         axes: list[str] | tuple[str, ...] = ("ffn", "kv"),
         layer_metric: str = "cosine",
@@ -180,11 +185,10 @@ class CompConfig(BaseConfig):
         given = locals()
         for name, each in OPTIONS.items():
             setattr(self, name, each.check(name, given[name]))
-        if self.layer_fraction + self.attention_fraction > 1 + 1e-9:
-            raise refuse(
-                "attention_fraction", attention_fraction, f"at most 1 - layer_fraction = {1 - self.layer_fraction:g}"
-            )
-        if self.attention_fraction and self.axes == ["ffn"]:
+        layers, attention = self.fixed_layer_fraction or 0.0, self.fixed_attention_fraction or 0.0
+        if layers + attention > 1 + 1e-9:
+            raise refuse("attention_fraction", attention_fraction, f"at most 1 - layer_fraction = {1 - layers:g}")
+        if attention and self.axes == ["ffn"]:
             raise refuse("attention_fraction", attention_fraction, "0 where axes holds neither kv nor heads")
         if self.allocation == "adaptive" and not self.measures_loss:
             raise refuse(
@@ -246,6 +250,21 @@ class CompConfig(BaseConfig):
         if self.neuron_metric != "condition":
             return self.neuron_metric
         return "condition_gram" if self.recovery == "least_squares" else "condition_mask"
+
+    @property
+    def fixed_layer_fraction(self) -> float | None:
+        """`layer_fraction`; `None` where it is to be found out, and the metric allows that."""
+        return self._fixed(self.layer_fraction)
+
+    @property
+    def fixed_attention_fraction(self) -> float | None:
+        """`attention_fraction`, likewise."""
+        return self._fixed(self.attention_fraction)
+
+    def _fixed(self, fraction: float | str) -> float | None:
+        if fraction != AUTO:
+            return float(fraction)
+        return None if self.measures_loss else 0.0
 
     @property
     def measures_loss(self) -> bool:

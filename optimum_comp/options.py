@@ -22,6 +22,9 @@ from typing_extensions import dataclass_transform
 
 T = TypeVar("T")
 
+AUTO = "auto"
+"""In place of a value that is to be found out."""
+
 _WIDTH = 119
 _SHOWN = 80
 _SIZE = r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*([kmgt]?i?)b?\s*"
@@ -97,6 +100,25 @@ class Number:
     def parse(self, text: str) -> Any:
         """See `Kind`."""
         return _number(float, text)
+
+
+@dataclasses.dataclass(frozen=True)
+class NumberOrAuto(Number):
+    """A number, or `auto`."""
+
+    @property
+    def type(self) -> str:
+        """See `Kind`."""
+        return f"{super().type}, or auto"
+
+    def check(self, field: str, value: Any) -> Any:
+        """See `Kind`."""
+        if value == AUTO and isinstance(value, str):
+            return AUTO
+        try:
+            return super().check(field, value)
+        except ValueError:
+            raise refuse(field, value, f"a number in {self.interval}, or {AUTO}") from None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,7 +32,7 @@ from optimum_comp.checkpoint.source import ModelSource, ResidentModel, StreamedM
 from optimum_comp.checkpoint.tokenizer import has_tokenizer, open_tokenizer
 from optimum_comp.checkpoint.writer import fill_folder, upload
 from optimum_comp.configuration import CompConfig
-from optimum_comp.core.allocation import Allocation, allocate, uneven
+from optimum_comp.core.allocation import Allocation, alternatives, uneven
 from optimum_comp.families import FFN, HEADS, KV, LAYERS, family_of, renumber
 from optimum_comp.families.check import check_family, check_plan, check_result, shape_of, units_after
 from optimum_comp.families.cutting import WIDTHS_FIELD, apply_to_config
@@ -199,14 +199,28 @@ class CompPruner:
             ValueError: the requested sparsity can't be reached, a protected layer doesn't exist, or the family can't
                 be pruned along an axis that is needed.
         """
+        return self.plans(config)[0]
+
+    def plans(self, config: CompConfig) -> list[Allocation]:
+        """What `prune` might remove, without doing any work: what `plan` says first, others where shares are `auto`.
+
+        Raises:
+            ValueError: see `plan`.
+        """
         source = self._source
         shape = shape_of(source, config)
         removable = shape.num_layers - len(config.protected(shape.num_layers))
-        found = allocate(
-            shape, config.sparsity, config.layer_fraction, config.round_to, removable, config.attention_fraction
+        reason = source.family.refusal(LAYERS, source.model.config)
+        layers = config.fixed_layer_fraction
+        found = alternatives(
+            shape,
+            config.sparsity,
+            0.0 if layers is None and reason is not None else layers,
+            config.round_to,
+            removable,
+            config.fixed_attention_fraction,
         )
-        reason = source.family.refusal(LAYERS, source.model.config) if found.layers else None
-        if reason is not None:
+        if reason is not None and found[0].layers:
             raise ValueError(f"layers of {source.family.model_type} can't be removed: {reason}; set layer_fraction=0.")
         return found
 
@@ -312,11 +326,13 @@ class CompPruner:
                 (self.report, self.config), self._folder = complete, folder
                 return self.report
         config = CompConfig() if config is None else CompConfig(**config.fields())
-        allocation = self.plan(config)
+        plans = self.plans(config)
+        allocation = plans[0]
         self._ranks.require(config.num_samples)
-        check_plan(self._source, allocation)
+        for each in {(each.layers > 0, *each.units): each for each in plans}.values():
+            check_plan(self._source, each)
         shape = shape_of(self._source, config)
-        work = workload_of(self._source, config, allocation, self._ranks, products)
+        work = workload_of(self._source, config, plans, self._ranks, products)
         batch_size = batch_size or good_batch_size(config.sequence_length, self._source.device)
         # Said now if it can't fit, and once more with what libraries take that are loaded by then.
         is_written = unfinished is None and self._ranks.is_first and is_self(calibration)
@@ -345,17 +361,16 @@ class CompPruner:
         elif unfinished is None:
             check_disk(folder, disk)
         self._interrupted = True
-        journal = self._begin(unfinished, folder, config, allocation, samples, plan, fingerprint, products)
+        journal = self._begin(unfinished, folder, config, plans, samples, plan, fingerprint, products)
         place = self._workplace(folder)
-        removable = (allocation.layers, config.protected(work.layers))
         with contextlib.nullcontext() if journal is None else journal.guard():
             runner = LayerRunner(self._source, samples.tokens[:1].to(self._source.device), products)
             self._announce(config, allocation, work, plan, runner.seconds_per_layer, disk, journal)
             run = PruningRun(
                 runner,
                 config,
-                allocation.units,
-                removable,
+                plans,
+                config.protected(work.layers),
                 samples.tokens,
                 plan,
                 self._ranks,
@@ -365,11 +380,12 @@ class CompPruner:
             )
             pruned = run.run()
         with contextlib.nullcontext() if journal is None else journal.kept(), run.clock("write"):
+            allocation = plans[pruned.plan]
             if pruned.is_uneven:
                 allocation = uneven(shape, allocation, pruned.widths)
             self._shrink(pruned, allocation)
             after = before - allocation.parameters
-            self.report = self._report(config, allocation, samples, products, pruned, before, after)
+            self.report = self._report(config, plans, allocation, samples, products, pruned, before, after)
             self.config = config
             self._finish(destination, place, journal, max_shard_size)
         self.report.seconds = time.perf_counter() - started
@@ -405,7 +421,7 @@ class CompPruner:
         """
         config, together = CompConfig() if config is None else config, 0
         if is_self(calibration):
-            work = workload_of(self._source, config, self.plan(config), self._ranks)
+            work = workload_of(self._source, config, self.plans(config), self._ranks)
             limit = None if max_memory is None else parse_bytes(max_memory)
             batch_size = good_batch_size(config.sequence_length, self._source.device)
             together = plan_memory(work, batch_size, limit, writing_of(self._source, config)).written_together
@@ -465,7 +481,7 @@ class CompPruner:
         unfinished: Journal | None,
         folder: Path | None,
         config: CompConfig,
-        allocation: Allocation,
+        plans: Sequence[Allocation],
         samples: Calibration,
         plan: MemoryPlan,
         fingerprint: str,
@@ -496,7 +512,7 @@ class CompPruner:
         journal: Journal | None = None
         if self._ranks.is_first:
             if unfinished is not None:
-                unfinished.go_on(run, layers=len(self._source.layers), removed=allocation.layers)
+                unfinished.go_on(run, layers=len(self._source.layers), removed={each.layers for each in plans})
                 journal = unfinished
             else:
                 journal = Journal.start(folder)
@@ -562,6 +578,7 @@ class CompPruner:
     def _report(
         self,
         config: CompConfig,
+        plans: Sequence[Allocation],
         allocation: Allocation,
         samples: Calibration,
         products: torch.dtype,
@@ -589,6 +606,12 @@ class CompPruner:
             matmul_dtype=_dtype_name(products),
             ledger=list(allocation.ledger),
             expected_costs=pruned.costs,
+            weighed=[
+                {"layers": plan.layers, "units": units_after(self._counts, plan.units), "cost": cost}
+                for plan, cost in zip(plans, pruned.weighed, strict=True)
+            ]
+            if pruned.weighed
+            else [],
         )
 
     def _finish(

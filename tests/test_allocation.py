@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from optimum_comp.core.allocation import Shape, allocate, distribute, sizes_to_try
+from optimum_comp.core.allocation import Shape, allocate, alternatives, choose, sizes_to_try, steps_of
 from optimum_comp.core.layer_scores import least_important
 
 
@@ -155,27 +155,59 @@ def test_too_many_protected_layers_are_refused():
 
 @given(
     costs=st.lists(st.lists(st.floats(0, 10), min_size=4, max_size=4), min_size=1, max_size=4),
+    gone=st.lists(st.floats(0, 10) | st.just(float("inf")), min_size=4, max_size=4),
+    count=st.integers(0, 3),
     width=st.integers(13, 16),
-    budget=st.integers(4, 70),
+    room=st.integers(1, 17),
 )
-def test_widths_cost_least_of_all_that_keep_to_the_budget(costs, width, budget):
+def test_what_goes_costs_least_of_all_that_keeps_to_the_budget(costs, gone, count, width, room):
     sizes = sizes_to_try(width, 4, 4)
     assert sizes == [width, 12, 8, 4]
     # The widest is no multiple, and counts as the next one.
-    within = [
-        choice
-        for choice in itertools.product(range(4), repeat=len(costs))
-        if sum([16, 12, 8, 4][number] for number in choice) <= budget
-    ]
-    if not within:
-        with pytest.raises(ValueError, match="budget="):
-            distribute(sizes, costs, budget, 4)
+    weights = steps_of(sizes, 4)
+    assert weights == [4, 3, 2, 1]
+    layers = range(len(costs))
+    possible = []
+    for removed in itertools.combinations(layers, min(count, len(costs))):
+        if len(removed) != count or any(b - a == 1 for a, b in itertools.pairwise(removed)):
+            continue
+        left = [layer for layer in layers if layer not in removed]
+        for choice in itertools.product(range(4), repeat=len(left)):
+            if sum(weights[number] for number in choice) <= room:
+                cost = sum(costs[layer][number] for layer, number in zip(left, choice, strict=True))
+                possible.append(cost + sum(gone[layer] for layer in removed))
+    found = choose(weights, costs, gone[: len(costs)], count, room)
+    if not possible or min(possible) == float("inf"):
+        assert found is None
         return
-    widths = distribute(sizes, costs, budget, 4)
-    assert sum(widths) <= budget
-    cost = sum(of[sizes.index(each)] for of, each in zip(costs, widths, strict=True))
-    best = min(sum(of[number] for of, number in zip(costs, choice, strict=True)) for choice in within)
-    assert cost == pytest.approx(best)
+    assert found.cost == pytest.approx(min(possible))
+    assert len(found.removed) == count and all(b - a > 1 for a, b in itertools.pairwise(found.removed))
+    assert sum(weights[number] for number in found.numbers) <= room
+    left = [layer for layer in layers if layer not in found.removed]
+    assert found.costs == tuple(costs[layer][number] for layer, number in zip(left, found.numbers, strict=True))
+    assert found.cost == pytest.approx(sum(found.costs) + sum(gone[layer] for layer in found.removed))
+
+
+@given(
+    sparsity=st.floats(0.01, 0.9),
+    axes=st.sampled_from([("ffn",), ("ffn", "kv"), ("ffn", "heads"), ("ffn", "kv", "heads"), ("kv", "heads")]),
+    layers=st.none() | st.floats(0, 0.5),
+    attention=st.none() | st.floats(0, 0.5),
+)
+def test_every_split_keeps_to_the_budget_and_differs_from_the_others(sparsity, axes, layers, attention):
+    shape = shape_with(axes)
+    try:
+        found = alternatives(shape, sparsity, layers, 32, 28, attention)
+    except ValueError as error:
+        assert "sparsity=" in str(error)
+        return
+    assert len({(plan.layers, *sorted(plan.units.items())) for plan in found}) == len(found)
+    for plan in found:
+        assert plan.sparsity >= sparsity - 1e-6 and plan.layers <= 14
+        assert sum(entry.taken_parameters for entry in plan.ledger) == plan.parameters
+        assert sum(entry.taken_units for entry in plan.ledger if entry.axis == "layers") == plan.layers
+    if layers is not None and attention is not None:
+        assert found == [allocate(shape, sparsity, layers, 32, 28, attention)]
 
 
 @given(width=st.integers(1, 200), least=st.integers(0, 200), step=st.sampled_from([1, 8, 32]))

@@ -22,8 +22,8 @@ from optimum_comp.configuration import (
 
 VALID = {
     "sparsity": st.floats(0, 1, exclude_min=True, exclude_max=True),
-    "layer_fraction": st.floats(0, 1),
-    "attention_fraction": st.floats(0, 1),
+    "layer_fraction": st.floats(0, 1) | st.just("auto"),
+    "attention_fraction": st.floats(0, 1) | st.just("auto"),
     "allocation": st.sampled_from(ALLOCATIONS),
     "axes": st.lists(st.sampled_from(AXES), min_size=1, unique=True),
     "layer_metric": st.sampled_from(LAYER_METRICS),
@@ -46,12 +46,15 @@ VALID = {
 
 def goes_together(fields) -> bool:
     """Whether the fields allow each other."""
-    attention = fields.get("attention_fraction", 0)
+    layers, attention = (
+        0 if fields.get(name, 0) == "auto" else fields.get(name, 0)
+        for name in ("layer_fraction", "attention_fraction")
+    )
     if fields.get("allocation") == "adaptive":
         measures = fields.get("neuron_metric", "condition").startswith("condition")
         if not measures or fields.get("error_norm") == "euclidean":
             return False
-    return fields.get("layer_fraction", 0) + attention <= 1 and not (attention and fields.get("axes") == ["ffn"])
+    return layers + attention <= 1 and not (attention and fields.get("axes") == ["ffn"])
 
 
 INVALID = [

@@ -92,14 +92,18 @@ def test_stopped_anywhere_and_gone_on_with(step, after, layer, tiny_folder, tmp_
     assert digest(tmp_path / "out") == undisturbed
 
 
-def test_widths_by_layer_are_kept_with_what_is_finished(tiny_folder, tmp_path, monkeypatch):
-    config = CompConfig(**{**FIELDS, "layer_fraction": 0.0}, allocation="adaptive")
+OPEN = {"layer_fraction": "auto", "attention_fraction": "auto", "protected_layers": []}
+
+
+@pytest.mark.parametrize("shares", [{"layer_fraction": 0.0}, OPEN], ids=["neurons", "all"])
+def test_what_was_weighed_is_kept_with_what_is_finished(shares, tiny_folder, tmp_path, monkeypatch):
+    config = CompConfig(**{**FIELDS, **shares}, allocation="adaptive")
 
     def adaptive(output: Path, **more):
         return CompPruner.from_pretrained(tiny_folder).prune(config, tiny_blocks(8, 32), output=output, **more)
 
-    widths = adaptive(tmp_path / "undisturbed").widths
-    assert len(set(widths)) > 1
+    found = adaptive(tmp_path / "undisturbed")
+    assert len(set(found.widths)) > 1 and bool(found.weighed) == (shares is OPEN)
     record, calls = PruningRun._record, []
 
     def stopping(self, *args):
@@ -115,12 +119,19 @@ def test_widths_by_layer_are_kept_with_what_is_finished(tiny_folder, tmp_path, m
         patch.setattr(PruningRun, "_record", stopping)
         with pytest.raises(Stop):
             adaptive(tmp_path / "out")
-    monkeypatch.setattr("optimum_comp.sweep.pruning.find_widths", refuse)
+    monkeypatch.setattr("optimum_comp.sweep.pruning.weigh", refuse)
     path = tmp_path / "out" / "comp_journal.json"
     journal = json.loads(path.read_text())
-    path.write_text(json.dumps({**journal, "widths": [10_000] * 4}))
-    with pytest.raises(ValueError, match="widths that the model doesn't have"):
-        adaptive(tmp_path / "out", resume=True)
+    damages = [
+        {"widths": [10_000] * len(journal["widths"])},
+        {"widths": [8] * 9},
+        {"chosen": 1000},
+        {"weighed": [0.1] * 99},
+    ]
+    for damage in damages:
+        path.write_text(json.dumps({**journal, **damage}))
+        with pytest.raises(ValueError, match="widths that the model doesn't have"):
+            adaptive(tmp_path / "out", resume=True)
     path.write_text(json.dumps(journal))
     adaptive(tmp_path / "out", resume=True)
     assert digest(tmp_path / "out") == digest(tmp_path / "undisturbed")

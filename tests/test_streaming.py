@@ -360,7 +360,7 @@ def test_other_sizes_are_refused(text):
 def test_a_limit_is_kept_by_smaller_batches_then_files_or_refused_with_the_least(tiny_folder, tmp_path):
     pruner = CompPruner.from_pretrained(tiny_folder)
     config = CompConfig(**{**CONFIG, "num_samples": 4000, "sequence_length": 512})
-    work = workload_of(pruner._source, config, pruner.plan(config), pruner._ranks)
+    work = workload_of(pruner._source, config, pruner.plans(config), pruner._ranks)
     free = plan_memory(work, 64, None)
     assert (free.batch_size, free.spill_inputs, free.spill_states) == (64, False, False)
     limits = [
@@ -381,7 +381,7 @@ def test_a_limit_is_kept_by_smaller_batches_then_files_or_refused_with_the_least
 def test_text_that_the_model_writes_is_part_of_what_is_planned(tiny_folder):
     pruner = CompPruner.from_pretrained(tiny_folder)
     config = CompConfig(**{**CONFIG, "num_samples": 64, "sequence_length": 1024})
-    work = workload_of(pruner._source, config, pruner.plan(config), pruner._ranks)
+    work = workload_of(pruner._source, config, pruner.plans(config), pruner._ranks)
     writing = writing_of(pruner._source, config)
     assert writing.model == 4 * sum(parameter.numel() for parameter in pruner._source.model.parameters())
     # Keys and values of four layers, two heads of 16 each.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,9 @@ def allocate(
     round_to: int,
     max_layers: int,
     attention_fraction: float = 0.0,
+    *,
+    layers: int | None = None,
+    attention: tuple[int, int] | None = None,
 ) -> Allocation:
     """Turn a sparsity into a number of layers, and one size of each kind for all remaining layers.
 
@@ -102,6 +106,9 @@ def allocate(
         round_to: the width becomes a multiple of this.
         max_layers: how many layers may go at most (the rest is protected).
         attention_fraction: in [0, 1].
+        layers: how many go, whatever `layer_fraction` says.
+        attention: how many key-value groups of a layer go, and how many query heads of each group that stays, whatever
+            `attention_fraction` says.
 
     Raises:
         ValueError: the sparsity can't be reached; says what can be.
@@ -109,7 +116,8 @@ def allocate(
     per_layer = shape.layer_parameters
     total = shape.num_layers * per_layer
     wanted = sparsity * total
-    exact_layers = layer_fraction * wanted / per_layer
+    exact_layers = layer_fraction * wanted / per_layer if layers is None else float(layers)
+    is_weighed = layers is not None
     # Where nothing else may go, whole layers are rounded up.
     only_layers = shape.neuron_parameters == 0 and shape.group_parameters == 0 and shape.head_parameters == 0
     layers = math.ceil(exact_layers - 1e-9) if only_layers else math.floor(exact_layers + 1e-9)
@@ -121,13 +129,17 @@ def allocate(
     remaining = shape.num_layers - layers
     rest = (wanted - layers * per_layer) / remaining
     ledger = []
-    if layer_fraction:
+    if is_weighed and layers:
+        ledger.append(_weighed("layers", layers, per_layer, 1))
+    elif layer_fraction and not is_weighed:
         reason = (
             f"{layer_fraction:.4g} of the budget is {exact_layers * per_layer:,.0f} parameters: {exact_layers:.2f} "
             f"layers of {per_layer:,}{_whole(exact_layers, layers, shape.num_layers, 'layer')}."
         )
         ledger.append(Entry("layers", exact_layers, exact_layers * per_layer, layers, layers * per_layer, reason))
-    if shape.neuron_parameters:
+    if attention is not None:
+        gone, units, entries = _given_attention(shape, attention, remaining)
+    elif shape.neuron_parameters:
         share = attention_fraction * wanted / remaining
         gone, units, entries = _attention(shape, share, remaining, "attention's share", upwards=False)
         if share and not entries:
@@ -164,6 +176,72 @@ def allocate(
         sparsity=removed / total,
         ledger=tuple(ledger),
     )
+
+
+def alternatives(
+    shape: Shape,
+    sparsity: float,
+    layer_fraction: float | None,
+    round_to: int,
+    max_layers: int,
+    attention_fraction: float | None,
+) -> list[Allocation]:
+    """Every split of a sparsity into layers, attention and neurons, where that is left open.
+
+    Args:
+        shape: see `allocate`, as for all others.
+        sparsity: see there.
+        layer_fraction: `None` for every number of layers of which no two need be neighbours.
+        round_to: see there.
+        max_layers: see there.
+        attention_fraction: `None` for every number of groups and heads.
+
+    Returns:
+        Those that can be, first what takes fewest whole layers and least of attention; one if nothing is open.
+
+    Raises:
+        ValueError: there is none; what `allocate` says where neurons take all.
+    """
+    open_layers, open_attention = layer_fraction is None, attention_fraction is None
+    counts: list[int | None] = [None]
+    if open_layers:
+        counts = list(range(min(max_layers, (shape.num_layers - 1) // 2) + 1))
+    attentions: list[tuple[int, int] | None] = [None]
+    if open_attention:
+        attentions = [
+            (groups, heads)
+            for groups in range(shape.groups if shape.group_parameters else 1)
+            for heads in range(shape.group_heads if shape.head_parameters else 1)
+        ]
+    found: list[Allocation] = []
+    refusal: ValueError | None = None
+    wanted = sparsity * shape.num_layers * shape.layer_parameters
+    for layers in counts:
+        for attention in attentions:
+            taken = 0 if layers is None else layers * shape.layer_parameters
+            if attention is not None:
+                taken += (shape.num_layers - (layers or 0)) * _attention_parameters(shape, attention)
+            if taken > wanted and (layers or attention not in (None, (0, 0))):
+                continue
+            try:
+                split = allocate(
+                    shape,
+                    sparsity,
+                    layer_fraction or 0.0,
+                    round_to,
+                    max_layers,
+                    attention_fraction or 0.0,
+                    layers=layers,
+                    attention=attention,
+                )
+            except ValueError as error:
+                refusal = refusal or error
+                continue
+            found.append(split)
+    if not found:
+        assert refusal is not None
+        raise refusal
+    return found
 
 
 def uneven(shape: Shape, allocation: Allocation, widths: Sequence[int]) -> Allocation:
@@ -207,43 +285,89 @@ def sizes_to_try(width: int, least: int, step: int) -> list[int]:
     return [width, *(step * number for number in range(top, bottom - 1, -1))]
 
 
-def distribute(sizes: Sequence[int], costs: Sequence[Sequence[float]], budget: int, step: int) -> list[int]:
-    """Give each layer one of several sizes so that they keep to a budget together and cost least: the exact optimum.
+@dataclass(frozen=True)
+class Choice:
+    """What goes from where, so that it costs least.
+
+    Attributes:
+        removed: whole layers that go, ascending.
+        numbers: which size each of the others gets.
+        costs: of each of the others, at that size.
+        cost: of all together.
+    """
+
+    removed: tuple[int, ...]
+    numbers: tuple[int, ...]
+    costs: tuple[float, ...]
+    cost: float
+
+
+def choose(
+    weights: Sequence[int],
+    sized: Sequence[Sequence[float]],
+    gone: Sequence[float],
+    count: int,
+    room: int,
+) -> Choice | None:
+    """Remove so many whole layers, and give each other one of several sizes, so that all together cost least.
 
     A multiple-choice knapsack, by dynamic programming over the layers (Bellman): the least cost of the first layers
-    within every budget. Nothing is assumed of the costs; they needn't be convex.
+    within every budget, with every number of layers removed. Costs needn't be convex; they are taken to add up. So no
+    two neighbours go: what removing both costs isn't the sum, since each is bridged by the layer before it.
+
+    Args:
+        weights: of each size.
+        sized: of each layer, what it costs at each of the sizes.
+        gone: of each layer, what removing it costs; infinite if it may not go.
+        count: layers to remove.
+        room: that the weights of those which stay may add up to.
+
+    Returns:
+        The exact optimum; `None` if nothing keeps to the budget.
+    """
+    blocked = torch.full((count + 1, room + 1), torch.inf, dtype=torch.float64)
+    # Behind a layer that stays, and behind one that went: at first neither has happened, and the first may go.
+    stays, went = blocked.clone(), blocked.clone()
+    stays[0] = 0.0
+    steps: list[tuple[Tensor, Tensor]] = []
+    for of_layer, of_removal in zip(sized, gone, strict=True):
+        after_removal = went < stays
+        before = torch.where(after_removal, went, stays)
+        options = torch.full((len(weights), *before.shape), torch.inf, dtype=torch.float64)
+        for number, (weight, cost) in enumerate(zip(weights, of_layer, strict=True)):
+            if weight <= room:
+                options[number, :, weight:] = before[:, : room + 1 - weight] + cost
+        went = blocked.clone()
+        went[1:] = stays[:-1] + of_removal
+        stays, numbers = options.min(0)
+        steps.append((numbers, after_removal))
+    cost = min(float(stays[count, room]), float(went[count, room]))
+    if math.isinf(cost):
+        return None
+    removed, found, costs = [], [], []
+    goes = float(went[count, room]) < float(stays[count, room])
+    for layer in reversed(range(len(sized))):
+        numbers, after_removal = steps[layer]
+        if goes:
+            removed.append(layer)
+            count, goes = count - 1, False
+            continue
+        number = int(numbers[count, room])
+        found.append(number)
+        costs.append(sized[layer][number])
+        room -= weights[number]
+        goes = bool(after_removal[count, room])
+    return Choice(tuple(removed[::-1]), tuple(found[::-1]), tuple(costs[::-1]), cost)
+
+
+def steps_of(sizes: Sequence[int], step: int) -> list[int]:
+    """Sizes in steps: the first, which may be no multiple, counts as the next one, so that a budget holds in any case.
 
     Args:
         sizes: that a layer may have, descending; all but the first are multiples of `step`.
-        costs: of each layer, for each of the sizes.
-        budget: that the sizes of all layers may add up to.
         step: units between two sizes.
-
-    Returns:
-        A size for each layer.
-
-    Raises:
-        ValueError: even the smallest sizes are more than the budget.
     """
-    # The first size may be no multiple: it counts as the next one, so that the budget holds in any case.
-    weights = [-(-size // step) for size in sizes]
-    room = budget // step
-    if weights[-1] * len(costs) > room:
-        raise ValueError(f"budget={budget}: {len(costs)} layers of {sizes[-1]} are {sizes[-1] * len(costs)} already.")
-    best = torch.zeros(room + 1, dtype=torch.float64)
-    chosen = torch.empty(len(costs), room + 1, dtype=torch.int64)
-    for layer, of_layer in enumerate(costs):
-        options = torch.full((len(sizes), room + 1), torch.inf, dtype=torch.float64)
-        for number, (weight, cost) in enumerate(zip(weights, of_layer, strict=True)):
-            if weight <= room:
-                options[number, weight:] = best[: room + 1 - weight] + cost
-        best, chosen[layer] = options.min(0)
-    found = []
-    for layer in reversed(range(len(costs))):
-        number = int(chosen[layer, room])
-        found.append(sizes[number])
-        room -= weights[number]
-    return found[::-1]
+    return [-(-size // step) for size in sizes]
 
 
 def _neurons(shape: Shape, exact: float, width: int, layers: int, round_to: int) -> Entry:
@@ -316,6 +440,34 @@ def _attention(
     if group_heads:
         units["heads"] = (shape.groups - groups) * (shape.group_heads - group_heads)
     return gone, units, entries
+
+
+def _attention_parameters(shape: Shape, attention: tuple[int, int]) -> int:
+    """That go from a layer with so many groups, and so many heads of each other group."""
+    groups, heads = attention
+    return groups * shape.group_parameters + heads * (shape.groups - groups) * shape.head_parameters
+
+
+def _given_attention(shape: Shape, attention: tuple[int, int], layers: int) -> tuple[int, dict[str, int], list[Entry]]:
+    """What `_attention` gives, of numbers that are settled."""
+    groups, heads = attention
+    stay = shape.groups - groups
+    units, entries = {}, []
+    if groups:
+        units["kv"] = stay
+        entries.append(_weighed("kv", groups, shape.group_parameters, layers))
+    if heads:
+        units["heads"] = stay * (shape.group_heads - heads)
+        entries.append(_weighed("heads", heads * stay, shape.head_parameters, layers))
+    return _attention_parameters(shape, attention), units, entries
+
+
+def _weighed(axis: str, taken: int, each: int, layers: int) -> Entry:
+    """An entry for what goes because it costs less than what else could."""
+    what = {"layers": "whole layers", "kv": "key-value groups with their query heads", "heads": "query heads"}[axis]
+    where = "" if axis == "layers" else " of each layer that stays"
+    reason = f"{taken} {what}{where}: with them, what goes in all was expected to cost least."
+    return Entry(axis, float(taken), float(taken * each * layers), taken, taken * each * layers, reason)
 
 
 def _entry(axis: str, wanted: float, each: int, taken: int, layers: int, reason: str) -> Entry:

@@ -239,6 +239,29 @@ class _Shrinking:
         self.inverse.addmm_(rows.T, transfer, alpha=-1)
         return measured
 
+    def remove_units(self, channels: Tensor, classes: Tensor, keep: int) -> float:
+        """Have the least important units that haven't gone go, one at a time, until so many of each class are left.
+
+        Args:
+            channels: of each unit, `[units, width]`.
+            classes: of each unit, `[units]`.
+            keep: how many stay of each class.
+
+        Returns:
+            By how much the measured error grows.
+        """
+        grown = 0.0
+        while True:
+            sizes = torch.bincount(classes)
+            removable = (sizes > keep)[classes]
+            if not removable.any():
+                return grown
+            scores = self.unit_importance(channels).masked_fill(~removable, torch.inf)
+            worst = int(scores.argmin())
+            grown += self.remove(channels[worst])
+            channels = torch.cat([channels[:worst], channels[worst + 1 :]])
+            classes = torch.cat([classes[:worst], classes[worst + 1 :]])
+
     def result(self, scores: Tensor) -> Elimination:
         """What is left."""
         kept = torch.nonzero(~self.gone).flatten()
@@ -321,14 +344,26 @@ def eliminate_units(
     if keep < 1 or int(sizes.min()) < keep:
         raise ValueError(f"keep={keep}: need 1 <= keep <= {int(sizes.min())}, the units of the smallest class.")
     left = _Shrinking(problem, overwrite=overwrite)
-    present = torch.arange(len(channels), device=channels.device)
     first = left.unit_importance(channels)
-    while True:
-        sizes = torch.bincount(classes[present], minlength=len(sizes))
-        removable = (sizes > keep)[classes[present]]
-        if not removable.any():
-            return left.result(first)
-        scores = left.unit_importance(channels[present]).masked_fill(~removable, torch.inf)
-        worst = int(scores.argmin())
-        left.remove(channels[present[worst]])
-        present = torch.cat([present[:worst], present[worst + 1 :]])
+    left.remove_units(channels, classes, keep)
+    return left.result(first)
+
+
+def units_removal_cost(problem: Problem, steps: Sequence[tuple[Tensor, Tensor, int]]) -> float:
+    """What removing units of several kinds costs, one kind after the other, the others re-fitted.
+
+    Units go as in `eliminate_units`; of a later kind, only those are there of which no channel has gone.
+
+    Args:
+        problem: targets and matrix.
+        steps: of each kind the channels `[units, width]`, the classes `[units]`, and how many stay of each class.
+
+    Returns:
+        The measured error, `Σ_rows (R (T* − T'))ᵀ Q (R (T* − T'))`.
+    """
+    left = _Shrinking(problem, overwrite=False)
+    cost = 0.0
+    for channels, classes, keep in steps:
+        there = ~left.gone[channels].any(1)
+        cost += left.remove_units(channels[there], classes[there], keep)
+    return cost

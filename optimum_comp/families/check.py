@@ -85,13 +85,13 @@ def shape_of(source: ModelSource, config: CompConfig) -> Shape:
     whole = family.layer_parameters(of, layer, {})
     refused = {axis: family.refusal(axis, of) for axis in config.axes}
     able = [axis for axis, reason in refused.items() if reason is None]
-    if config.attention_fraction and not {KV, HEADS} & set(able):
+    if config.fixed_attention_fraction and not {KV, HEADS} & set(able):
         reason = next(reason for axis, reason in refused.items() if axis != FFN and reason)
         raise ValueError(
             f"attention of {family.model_type} can't be pruned: {reason}; set attention_fraction=0 "
             "(--attention-fraction 0)."
         )
-    if not able and config.layer_fraction < 1:
+    if not able and config.fixed_layer_fraction != 1:
         why = next(iter(refused.values()))
         raise ValueError(
             f"{', '.join(config.axes)} of {family.model_type} can't be pruned: {why}. Whole layers can: set "

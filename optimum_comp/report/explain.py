@@ -19,6 +19,8 @@ from optimum_comp.report.run import CompReport, Decision, LayerReport
 _WIDTH = 100
 _NEXT = 3
 """Layers above the threshold whose scores are shown."""
+_SPLITS = 8
+"""Splits of a budget that are shown, the cheapest first."""
 
 _PLURAL = {"layers": "whole layers", "kv": "key-value groups", "heads": "query heads", "ffn": "neurons"}
 _SINGLE = {"kv": "group", "heads": "head", "ffn": "neuron"}
@@ -26,6 +28,7 @@ _SINGLE = {"kv": "group", "heads": "head", "ffn": "neuron"}
 _LAYER_METRICS = {
     "cosine": "1 - cosine similarity of what goes into the layer and what comes out; near 0, it hardly acts",
     "loss": "next-token loss of the calibration text with the layer skipped",
+    "cost": "nats a token that going without the layer is expected to cost, bridged, to second order",
 }
 _METRICS = {
     "condition_gram": "the squared error that grows if the unit alone goes and all other columns are fitted anew",
@@ -117,7 +120,8 @@ def explain_pruning(run: Run, layer: int | None = None) -> dict[str, Any]:
             "recovery": run.config.recovery,
             "elimination_block": run.config.elimination_block,
             "alignment": run.config.alignment,
-            "layer_metric": run.config.layer_metric,
+            # Where layers competed with all else, that was by what they cost.
+            "layer_metric": "cost" if run.config.fixed_layer_fraction is None else run.config.layer_metric,
         },
         "budget": _budget(run),
         "whole_layers": _whole_layers(run),
@@ -147,6 +151,8 @@ def _budget(run: Run) -> dict[str, Any]:
         "ledger": [
             {**dataclasses.asdict(entry), "share": entry.taken_parameters / requested} for entry in report.ledger
         ],
+        "weighed": report.weighed,
+        "units": {kind: after for kind, (_, after) in report.units.items()},
     }
 
 
@@ -357,6 +363,7 @@ def _budget_lines(budget: Mapping[str, Any]) -> list[str]:
         lines.append(
             _filled(f"How the budget was shared out isn't recorded here. What changed: {budget['sizes']}.", 2)
         )
+    lines += _weighed_lines(budget)
     more = removed - requested
     lines.append(
         _filled(
@@ -368,14 +375,31 @@ def _budget_lines(budget: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _weighed_lines(budget: Mapping[str, Any]) -> list[str]:
+    """The cheapest of the splits that were to choose from."""
+    possible = [each for each in budget["weighed"] if each["cost"] is not None]
+    if not possible:
+        return []
+    told = "The cheapest of {} splits; what each was expected to cost, in nats a token:"
+    lines = [_filled(told.format(len(possible)), 2)]
+    rows = [("whole layers", "key-value groups", "query heads", "cost")]
+    before = budget["units"]
+    for each in sorted(possible, key=lambda each: each["cost"])[:_SPLITS]:
+        left = [str(each["units"].get(kind, "all")) if kind in before else "-" for kind in ("kv", "heads")]
+        rows.append((str(each["layers"]), *left, f"{each['cost']:.4f}"))
+    return lines + [f"    {line}" for line in _aligned(rows)]
+
+
 def _whole_layer_lines(found: Mapping[str, Any]) -> list[str]:
     whole = found["whole_layers"]
     lines = ["Whole layers"]
     if not whole["decided"]:
         return [*lines, "  Which go isn't decided yet."]
-    if not whole["removed"]:
+    if not whole["removed"] and not whole["next"]:
         return [*lines, "  None went, so none was scored."]
     lines.append(_filled(f"Score: {_LAYER_METRICS[found['settings']['layer_metric']]}.", 2))
+    if not whole["removed"]:
+        lines.append("  None went: what else could go was cheaper.")
     for each in whole["removed"]:
         lines.append(_filled(f"Layer {each['layer']} went: score {_score(each['score'])}; {_stand_in(each)}.", 2))
     kept = ", ".join(f"{each['layer']} ({_score(each['score'])})" for each in whole["next"])

@@ -100,6 +100,8 @@ class CompReport:
         matmul_dtype: what factors of matrix products were rounded to while layers ran.
         ledger: what was to go of each kind of unit, and what did; empty where nobody has recorded it.
         expected_costs: nats a token that each layer's width was expected to cost; `None` where all have one width.
+        weighed: nats a token that each split of the budget was expected to cost, where there was one to choose: whole
+            `layers` that go, `units` that stay in each other, and the `cost`, `None` for one that can't be.
         seconds: wall time; of a run that was gone on with, since then.
         peak_memory_bytes: largest memory of the process so far.
         timings: seconds by kind of work.
@@ -120,6 +122,7 @@ class CompReport:
     matmul_dtype: str = "float32"
     ledger: list[Entry] = field(default_factory=list)
     expected_costs: list[float] | None = None
+    weighed: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
     peak_memory_bytes: int = 0
     timings: dict[str, float] = field(default_factory=dict)

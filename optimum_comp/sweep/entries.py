@@ -165,10 +165,12 @@ _STATE: dict[str, Check] = {
     "layer_scores": _list_of(_is_real),
     "widths": _list_of(_integer(1)),
     "costs": _list_of(_is_real),
+    "chosen": _integer(0),
+    "weighed": _list_of(_or_none(_is_real)),
     "files": _list_of(is_plain_name),
     "stale": _list_of(is_plain_name),
 }
-_OF_REMOVAL, _OF_FINISHING = ("removed", "layer_scores", "widths", "costs"), ("files", "stale")
+_OF_REMOVAL, _OF_FINISHING = ("removed", "layer_scores", "widths", "costs", "chosen", "weighed"), ("files", "stale")
 
 _DECISION: dict[str, Check] = {
     "axis": _one_of(*AXES),

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -214,13 +214,13 @@ class Journal:
             arguments = {name: value for name, value in arguments.items() if name == "dtype"}
         return model or source, {**arguments, **given}
 
-    def go_on(self, run: dict[str, Any], layers: int, removed: int) -> None:
+    def go_on(self, run: dict[str, Any], layers: int, removed: Collection[int]) -> None:
         """Take the run up, but not under other circumstances, in which it would come out otherwise.
 
         Args:
             run: as for `begin`. What the output is to be known by may be another now.
             layers: of the dense model.
-            removed: how many of them go as a whole.
+            removed: how many of them may go as a whole: one number, or several to choose from.
 
         Raises:
             ValueError: names what differs, or isn't there as it was.
@@ -229,7 +229,7 @@ class Journal:
         movable = ("source", "arguments", "permissions", "config", "record")
         self._require({k: v for k, v in run.items() if k not in movable}, self.run)
         gone = self.state.get("removed", [])
-        if self.finished > layers - removed or (gone and (len(set(gone)) != removed or max(gone) >= layers)):
+        if self.finished > layers - min(removed) or (gone and (len(set(gone)) not in removed or max(gone) >= layers)):
             raise DamagedRunError(self.output, f"{JOURNAL} tells of layers that the model doesn't have")
         for place, _ in enumerate(self.reports()):
             part = self.work / part_name(place)

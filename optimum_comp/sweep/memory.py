@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -76,7 +77,8 @@ class Workload:
     head_parameters: int = 0
     vocabulary: int = 0
     gradients: int = 0
-    weighs_widths: bool = False
+    weighs: bool = False
+    weighs_layers: bool = False
     variants: int = 0
     variant_samples: int = 0
 
@@ -174,7 +176,7 @@ def writing_of(source: ModelSource, config: CompConfig) -> Writing:
 def workload_of(
     source: ModelSource,
     config: CompConfig,
-    allocation: Allocation,
+    allocations: Sequence[Allocation],
     ranks: Ranks,
     products: torch.dtype | None = None,
 ) -> Workload:
@@ -183,18 +185,19 @@ def workload_of(
     Args:
         source: the dense model.
         config: how to prune it.
-        allocation: what goes.
+        allocations: what goes, or may go.
         ranks: the processes that share the samples.
         products: dtype of factors of matrix products; what the source computes in, if `None`.
     """
     layer = source.layers[0]
     hidden, width = source.family.ffn.consumer.matrix(layer).shape
-    attention = [axis for axis in source.family.axes if axis.name != FFN and axis.name in allocation.units]
+    units = {name for allocation in allocations for name in allocation.units}
+    attention = [axis for axis in source.family.axes if axis.name != FFN and axis.name in units]
     heads = attention[0].consumer.matrix(layer).shape[1] if attention else 0
     embedding, head = source.model.get_input_embeddings().weight, source.model.get_output_embeddings()
     own_head = head.weight.numel() if head is not None and head.weight is not embedding else 0
     outside = parameter_count(source.model) - parameter_count(source.layers) - own_head
-    by_loss = allocation.layers > 0 and config.layer_metric == "loss"
+    by_loss = config.layer_metric == "loss" and allocations[0].layers > 0
     return Workload(
         samples=ranks.share(config.num_samples),
         length=config.sequence_length,
@@ -214,7 +217,8 @@ def workload_of(
         head_parameters=own_head,
         vocabulary=source.model.config.vocab_size,
         gradients=ranks.share(min(FISHER_SAMPLES, config.num_samples)) if config.needs_fisher else 0,
-        weighs_widths=config.allocation == "adaptive",
+        weighs=config.allocation == "adaptive" or len(allocations) > 1,
+        weighs_layers=len({allocation.layers for allocation in allocations}) > 1,
         variants=len(source.layers) if by_loss else 0,
         variant_samples=min(LOSS_SAMPLES, config.num_samples) if by_loss else 0,
     )
@@ -310,6 +314,9 @@ def predict(work: Workload, plan: MemoryPlan, base: int) -> MemoryPlan:
     matrices = 4 if work.has_mask_form else 2
     # The weight, its target, the cross moment, a scaled copy of it, and the repaired weight.
     solving = matrices * gram + 5 * weight
+    if work.weighs_layers:
+        # Both Gram matrices, that of the layer before regularised and factorised, and the bridge's moments.
+        observing = max(observing, layer + 4 * gram + 4 * weight)
     # Attention is decided while its layer is at hand; its moments are copied for each axis.
     attention = 0
     if work.heads:
@@ -370,7 +377,7 @@ def expected_seconds(work: Workload, seconds_per_layer: float) -> tuple[float, f
     forward = seconds_per_layer * work.layers * work.samples
     least, most = 1.5 * forward + 0.5 * solving, 3 * forward + 2 * solving
     # Weighing widths takes the dense model through once more, and eliminates in each layer.
-    return (1.5 * least, 1.5 * most) if work.weighs_widths else (least, most)
+    return (1.5 * least, 1.5 * most) if work.weighs else (least, most)
 
 
 def good_batch_size(length: int, device: torch.device) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from optimum_comp.configuration import CompConfig
-from optimum_comp.core.allocation import sizes_to_try
+from optimum_comp.core.allocation import Allocation, Choice, choose, sizes_to_try, steps_of
 from optimum_comp.core.equalization import find_scales, room_of
 from optimum_comp.core.fisher import root_of
 from optimum_comp.core.gram import GramAccumulator, add_cross_moment
@@ -21,7 +21,7 @@ from optimum_comp.core.layer_scores import least_important
 from optimum_comp.core.recovery import FORMS, energy, refit
 from optimum_comp.core.selection import Reduction, Units, reduce_channels
 from optimum_comp.core.surgery import Counts, Kept
-from optimum_comp.families import FFN, HEADS, KV, Fold
+from optimum_comp.families import FFN, HEADS, KV, Axis, Fold
 from optimum_comp.families.cutting import Cut, cut_meanwhile, groups_kept
 from optimum_comp.report.run import Decision, LayerReport
 from optimum_comp.sweep.fisher import FISHER_SAMPLES, STATE_DTYPE, fisher_rows, output_moments
@@ -46,7 +46,7 @@ from optimum_comp.sweep.runner import LayerRunner, Tap, replaced
 from optimum_comp.sweep.scoring import LAYER_SCORES
 from optimum_comp.sweep.states import ActivationStore, rows_of
 from optimum_comp.sweep.stopwatch import Stopwatch
-from optimum_comp.sweep.widths import find_widths
+from optimum_comp.sweep.weighing import LayerCosts, Weighing, weigh
 from optimum_comp.utils import get_logger, keep_large_blocks_apart, progress_disabled, release_free_memory
 
 
@@ -63,6 +63,9 @@ class Pruned:
         layers: a report for each that stayed.
         widths: neurons of each of them.
         costs: nats a token that each width was expected to cost; `None` where nobody asked.
+        plan: which of the splits that were to choose from.
+        weighed: nats a token that each of them was expected to cost; `None` for one that can't be; empty where there
+            was only one.
     """
 
     removed: list[int]
@@ -70,11 +73,34 @@ class Pruned:
     layers: list[LayerReport]
     widths: list[int]
     costs: list[float] | None = None
+    plan: int = 0
+    weighed: list[float | None] = dataclasses.field(default_factory=list)
 
     @property
     def is_uneven(self) -> bool:
         """Whether layers have different widths."""
         return len(set(self.widths)) > 1
+
+
+@dataclasses.dataclass
+class _Settled:
+    """What goes from where.
+
+    Attributes:
+        chosen: which of the splits.
+        removed: whole layers that go.
+        layer_scores: of every layer; empty if none had to go.
+        widths: neurons of each layer that stays.
+        costs: what each width is expected to cost; `None` where all are alike.
+        weighed: what each split is.
+    """
+
+    chosen: int
+    removed: list[int]
+    layer_scores: list[float]
+    widths: list[int]
+    costs: list[float] | None = None
+    weighed: list[float | None] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
@@ -104,8 +130,8 @@ class PruningRun:
     Args:
         runner: runs the dense model's layers; its source takes the pruned ones.
         config: how to prune.
-        keep: how many units of each axis stay in a layer; the feed-forward layer's neurons are always among them.
-        removable: how many whole layers go, and which may not.
+        plans: what may go in all; of several, the one that costs least.
+        protected: layers that may not go as a whole.
         tokens: all calibration samples, `[samples, length]`.
         plan: how the work is cut.
         ranks: the processes that share it.
@@ -119,8 +145,8 @@ class PruningRun:
         self,
         runner: LayerRunner,
         config: CompConfig,
-        keep: Mapping[str, int],
-        removable: tuple[int, set[int]],
+        plans: Sequence[Allocation],
+        protected: set[int],
         tokens: Tensor,
         plan: MemoryPlan,
         ranks: Ranks,
@@ -128,12 +154,15 @@ class PruningRun:
         journal: Journal | None,
         start: int = 0,
     ):
-        self.source, self.config, self.keep, self.ranks = runner.source, config, keep, ranks
+        self.source, self.config, self.ranks = runner.source, config, ranks
         self.family = self.source.family
         self.clock = Stopwatch()
         self._model_config = self.source.model.config
         self._runner = runner
-        self._removable = removable
+        self._plans, self._protected = list(plans), protected
+        # How many units of each axis stay in a layer.
+        self.keep: Mapping[str, int] = plans[0].units
+        self._weighs_layers = len({plan.layers for plan in plans}) > 1
         self._start = start
         self._tokens = tokens
         self._batches = ranks.batches(tokens, plan.batch_size)
@@ -146,16 +175,15 @@ class PruningRun:
         first = self.source.layers[0]
         self._counts = self.family.counts(self._model_config, first)
         self._hidden, self._neurons = self.family.ffn.consumer.matrix(first).shape
-        # Attention first: its repair is in what the feed-forward layer sees.
-        self._attention = [axis for axis in self.family.axes if axis.name != FFN and axis.name in keep]
+        # Those that are pruned. Attention first: its repair is in what the feed-forward layer sees.
+        self._attention: list[Axis] = []
         self._solving = solve_dtype(self._neurons)
         # Where equalization scales go: behind what other dense layers read, and behind what the consumer reads.
         self._folds: list[Fold] = []
         self._consumer_fold: Fold | None = None
         self._kept_layers: list[int] = []
-        # Neurons that stay, and what that is expected to cost, of each layer that does.
+        # Neurons that stay, of each layer that does.
         self._widths: list[int] = []
-        self._costs: list[float] | None = None
         self._reports: list[LayerReport] = []
         self._own = self._store("own", self._hidden, plan.spill_states)
         # Of the dense model, which the repair leans on.
@@ -188,12 +216,17 @@ class PruningRun:
         keep_large_blocks_apart()
         own = self._own
         done = self._recorder.finished
-        removed, scores = self._coarse(own)
-        self._kept_layers = [index for index in range(len(self.source.layers)) if index not in removed]
-        first = self._kept_layers[0]
+        settled = self.ranks.from_first(self._settled())
+        removed: list[int] = []
+        scores: list[float] = []
+        if settled is not None:
+            removed = settled.removed
+        elif not self._weighs_layers:
+            removed, scores = self._coarse(own, self._plans[0].layers)
+        self._keep_all_but(removed)
         with self.clock("forward"):
             self._runner.embed_all(self._batches, own)
-        additive = self._adds_to_residual(first, own)
+        additive = self._adds_to_residual(self._kept_layers[0], own)
         if additive and self._measures and done < len(self._kept_layers):
             self._find_fisher()
         elif self.ranks.is_first and not additive:
@@ -202,15 +235,20 @@ class PruningRun:
                 "bridges and errors measured by their loss are off.",
                 self.family.ffn.consumer.path,
             )
-        self._find_widths(own)
-        if self.config.equalize:
-            self._find_folds(first, own)
-        if additive and self.config.alignment > 0 and self.config.recovery != "none":
-            self._dense = self._store("dense", self._hidden, self._plan.spill_states)
         if additive:
             # The consumer's product rounds them to this in any case.
             factor = min(self._runner.matmul_dtype, self.source.state_dtype, key=lambda dtype: dtype.itemsize)
             self._inputs = self._store("inputs", self._neurons, self._plan.spill_inputs, factor)
+        if settled is None:
+            settled = self._settle(own, removed, scores)
+        self._keep_all_but(settled.removed)
+        self.keep, self._widths = self._plans[settled.chosen].units, settled.widths
+        self._attention = [axis for axis in self.family.axes if axis.name != FFN and axis.name in self.keep]
+        first = self._kept_layers[0]
+        if self.config.equalize:
+            self._find_folds(first, own)
+        if additive and self.config.alignment > 0 and self.config.recovery != "none":
+            self._dense = self._store("dense", self._hidden, self._plan.spill_states)
         if done:
             with self.clock("read"):
                 self._recorder.restore(done, self._streams)
@@ -230,7 +268,15 @@ class PruningRun:
         with progress:
             self._progress = progress
             sweep(self.source, self._kept_layers[done:], self, lambda: self.clock("read"))
-        return Pruned(removed, scores, self._reports, self._widths, self._costs)
+        return Pruned(
+            settled.removed,
+            settled.layer_scores,
+            self._reports,
+            settled.widths,
+            settled.costs,
+            settled.chosen,
+            settled.weighed,
+        )
 
     def visit(self, index: int, layer: nn.Module) -> None:
         """Prune the layer's attention, and observe its feed-forward layer behind that."""
@@ -313,9 +359,11 @@ class PruningRun:
         with self._runner.products():
             return functional.linear(inputs, weight).to(inputs.dtype)
 
-    def _coarse(self, scratch: ActivationStore) -> tuple[list[int], list[float]]:
-        """Which layers go, and every layer's score (empty if none goes)."""
-        count, protected = self._removable
+    def _keep_all_but(self, removed: Sequence[int]) -> None:
+        self._kept_layers = [index for index in range(len(self.source.layers)) if index not in removed]
+
+    def _coarse(self, scratch: ActivationStore, count: int) -> tuple[list[int], list[float]]:
+        """Which layers go by `layer_metric`, and every layer's score (empty if none goes)."""
         if count == 0:
             return [], []
         state = {} if self._journal is None else self._journal.state
@@ -324,7 +372,7 @@ class PruningRun:
             with self.clock("forward"):
                 score = LAYER_SCORES[self.config.layer_metric]
                 scores = score(self._runner, self._tokens, self._batches, self.ranks, scratch)
-            found = (least_important(scores, count, protected), scores)
+            found = (least_important(scores, count, self._protected), scores)
             if self._journal is not None:
                 self._journal.record(removed=found[0], layer_scores=found[1])
         return found
@@ -363,7 +411,9 @@ class PruningRun:
     @property
     def _measures(self) -> bool:
         """Whether something is chosen or repaired by what an error costs in loss."""
-        return self.config.needs_fisher and (bool(self._attention) or self.keep[FFN] < self._neurons)
+        plans = self._plans
+        removes = len(plans) > 1 or len(plans[0].units) > 1 or plans[0].width < self._neurons
+        return self.config.needs_fisher and removes
 
     def _find_fisher(self) -> None:
         """Worked out once more in a run that is gone on with, where it comes to the same."""
@@ -377,45 +427,153 @@ class PruningRun:
         # Where hidden states overflow, observing the layer that it comes from says so, and names it.
         self._fisher = moments if found else None
 
-    def _find_widths(self, scratch: ActivationStore) -> None:
-        """How many neurons each layer that stays keeps; `scratch` holds what enters the first one, and does again."""
-        layers, width = len(self._kept_layers), self.keep[FFN]
-        self._widths = [width] * layers
-        if self.config.allocation != "adaptive" or width == self._neurons or layers == 1:
-            return
+    def _settled(self) -> _Settled | None:
+        """What goes from where, if an interrupted run has found that out.
+
+        Raises:
+            DamagedRunError: it tells of what the model doesn't have.
+        """
         state = {} if self._journal is None else self._journal.state
-        found = self.ranks.from_first((state["widths"], state["costs"]) if "widths" in state else None)
-        if found is not None and (len(found[0]) != layers or max(found[0]) > self._neurons):
+        if "widths" not in state:
+            return None
+        chosen = state.get("chosen", 0)
+        found = _Settled(
+            chosen,
+            state.get("removed", []),
+            state.get("layer_scores", []),
+            state["widths"],
+            state["costs"] if self.config.allocation == "adaptive" else None,
+            state.get("weighed", []),
+        )
+        depth, plans = len(self.source.layers), self._plans
+        if (
+            chosen >= len(plans)
+            or len(found.weighed) not in (0, len(plans))
+            or len(set(found.removed)) != plans[chosen].layers
+            or len(found.widths) != depth - plans[chosen].layers
+            or max(found.widths) > self._neurons
+        ):
             assert self._folder is not None
-            raise DamagedRunError(self._folder.parent, "it tells of widths that the model doesn't have")
-        if found is None and self._fisher is None:
-            if self.ranks.is_first:
-                logger.warning("Gradients of the loss can't be had, so all layers keep as many neurons.")
-            return
-        if found is None:
-            # A block at a time, as neurons go, but not less finely than in some thirty steps.
-            block = min(self.config.elimination_block or self._neurons, self._neurons // 32)
-            step = self.config.round_to * max(1, block // self.config.round_to)
-            with self.clock("widths"):
-                found = find_widths(
-                    self._runner,
-                    self._batches,
-                    scratch,
-                    self.ranks,
-                    self._price,
-                    form=self.config.resolved_neuron_metric,
-                    ridge=self.config.ridge,
-                    kept=self._kept_layers,
-                    sizes=sizes_to_try(self._neurons, width // 2, step),
-                    budget=width * layers,
-                    step=step,
-                )
+            raise DamagedRunError(self._folder.parent, "it tells of layers or widths that the model doesn't have")
+        return found
+
+    def _settle(self, scratch: ActivationStore, removed: list[int], scores: list[float]) -> _Settled:
+        """Find out what goes from where.
+
+        Args:
+            scratch: holds what enters the first layer, and does again.
+            removed: layers that go in any case.
+            scores: every layer's, if some went by them.
+        """
+        plan, layers = self._plans[0], len(self._kept_layers)
+        is_open = len(self._plans) > 1
+        is_adaptive = self.config.allocation == "adaptive" and plan.width < self._neurons and layers > 1
+        if (is_open or is_adaptive) and self._fisher is not None:
+            with self.clock("weighing"):
+                found = self._weigh(scratch, removed, scores)
                 self._runner.embed_all(self._batches, scratch)
             if self._journal is not None:
-                self._journal.record(widths=found[0], costs=found[1])
-        self._widths, self._costs = found
+                changes = dataclasses.asdict(found) | {"costs": found.costs or []}
+                self._journal.record(**(changes if is_open else {name: changes[name] for name in ("widths", "costs")}))
+            if self.ranks.is_first:
+                self._say(found)
+            return found
+        if (is_open or is_adaptive) and self.ranks.is_first:
+            logger.warning(
+                "Gradients of the loss can't be had, so nothing is weighed, and all layers keep as many neurons."
+            )
+        if self._weighs_layers and plan.layers:
+            removed, scores = self._coarse(scratch, plan.layers)
+            self._runner.embed_all(self._batches, scratch)
+        return _Settled(0, removed, scores, [plan.width] * (len(self.source.layers) - len(removed)))
+
+    def _weigh(self, scratch: ActivationStore, removed: list[int], scores: list[float]) -> _Settled:
+        """What costs least of all that may go, in nats a token."""
+        widths = [plan.width for plan in self._plans]
+        # A block at a time, as neurons go, but not less finely than in some thirty steps.
+        block = min(self.config.elimination_block or self._neurons, self._neurons // 32)
+        step = self.config.round_to * max(1, block // self.config.round_to)
+        grid = sizes_to_try(self._neurons, min(widths) // 2, step)
+        is_adaptive = self.config.allocation == "adaptive"
+        sizes = grid if is_adaptive else sorted({self._neurons, *grid, *widths}, reverse=True)
+        attention = list(dict.fromkeys(map(self._attention_left, self._plans)))
+        what = Weighing(
+            form=self.config.resolved_neuron_metric,
+            ridge=self.config.ridge,
+            kept=self._kept_layers,
+            sizes=sizes,
+            attention=attention if len(attention) > 1 else (),
+            layers=self._weighs_layers,
+            is_bridged=self.config.bridge,
+        )
+        costs = weigh(self._runner, self._batches, scratch, self.ranks, self._price, what, self._inputs)
+        found: _Settled | None = None
         if self.ranks.is_first:
-            logger.info("Widths by what they cost: %s.", ", ".join(map(str, self._widths)))
+            found = self._cheapest(costs, what, grid, step, removed, scores)
+        shared = self.ranks.from_first(found)
+        assert shared is not None
+        return shared
+
+    def _attention_left(self, plan: Allocation) -> tuple[int, int]:
+        """Groups and heads that a split leaves in a layer."""
+        groups = plan.units.get(KV, self._counts.get(KV, 1))
+        heads = self._counts.get(HEADS, 1) // self._counts.get(KV, 1) * groups
+        return groups, plan.units.get(HEADS, heads)
+
+    def _cheapest(
+        self,
+        costs: list[LayerCosts],
+        what: Weighing,
+        grid: list[int],
+        step: int,
+        removed: list[int],
+        scores: list[float],
+    ) -> _Settled:
+        """The split that costs least, and what goes from where in it."""
+        is_adaptive = self.config.allocation == "adaptive"
+        gone = [torch.inf if index in self._protected else of.gone for index, of in zip(what.kept, costs, strict=True)]
+        choices: list[Choice | None] = []
+        for plan in self._plans:
+            left = self._attention_left(plan)
+            extra = [of.attention[what.attention.index(left)] if what.attention else 0.0 for of in costs]
+            sizes = grid if is_adaptive else [plan.width]
+            numbers = [what.sizes.index(size) for size in sizes]
+            sized = [[of.sizes[at] + more for at in numbers] for of, more in zip(costs, extra, strict=True)]
+            count = plan.layers if what.layers else 0
+            weights = steps_of(sizes, step) if is_adaptive else [0]
+            room = plan.width * (len(costs) - count) // step if is_adaptive else 0
+            choices.append(choose(weights, sized, gone, count, room))
+        weighed = [None if choice is None else choice.cost for choice in choices]
+        chosen = min((cost, number) for number, cost in enumerate(weighed) if cost is not None)[1]
+        plan, choice = self._plans[chosen], choices[chosen]
+        assert choice is not None
+        widths = [grid[number] for number in choice.numbers] if is_adaptive else [plan.width] * len(choice.numbers)
+        return _Settled(
+            chosen,
+            [what.kept[place] for place in choice.removed] if what.layers else removed,
+            [of.gone for of in costs] if what.layers else scores,
+            widths,
+            list(choice.costs) if is_adaptive else None,
+            weighed if len(self._plans) > 1 else [],
+        )
+
+    def _say(self, found: _Settled) -> None:
+        if found.weighed:
+            plan, cost, first = self._plans[found.chosen], found.weighed[found.chosen], found.weighed[0]
+            groups, heads = self._attention_left(plan)
+            logger.info(
+                "Of %d splits, the cheapest removes %d whole layers%s and leaves %d groups of %d heads in the others: "
+                "%.4f nats a token are expected%s.",
+                len(found.weighed),
+                len(found.removed),
+                f" ({', '.join(map(str, found.removed))})" if found.removed else "",
+                groups,
+                heads // groups,
+                cost,
+                "" if first is None or found.chosen == 0 else f", and {first:.4f} where neurons take all",
+            )
+        if found.costs is not None:
+            logger.info("Widths by what they cost: %s.", ", ".join(map(str, found.widths)))
 
     def _price(self, index: int) -> tuple[Tensor, float] | None:
         """By which errors behind a layer are measured, and what the square of one costs, in nats."""
