@@ -161,10 +161,10 @@ class CompConfig(BaseConfig):
     def __init__(
         self,
         sparsity: float = 0.2,
-        layer_fraction: float | str = 0.0,
-        attention_fraction: float | str = 0.0,
+        layer_fraction: float | str = AUTO,
+        attention_fraction: float | str = AUTO,
         allocation: str = "auto",
-        axes: list[str] | tuple[str, ...] = ("ffn", "kv"),
+        axes: list[str] | tuple[str, ...] = ("ffn", "kv", "heads"),
         layer_metric: str = "cosine",
         protected_layers: list[int] | tuple[int, ...] = (0, -1),
         bridge: bool = True,

@@ -586,6 +586,7 @@ class CompPruner:
         before: int,
         after: int,
     ) -> CompReport:
+        tried = pruned.tried or [None] * len(plans)
         return CompReport(
             # A local path says nothing to others and may say too much.
             source=self._name if self._local is None else self._local.name,
@@ -607,8 +608,8 @@ class CompPruner:
             ledger=list(allocation.ledger),
             expected_costs=pruned.costs,
             weighed=[
-                {"layers": plan.layers, "units": units_after(self._counts, plan.units), "cost": cost}
-                for plan, cost in zip(plans, pruned.weighed, strict=True)
+                {"layers": plan.layers, "units": units_after(self._counts, plan.units), "cost": cost, "loss": loss}
+                for plan, cost, loss in zip(plans, pruned.weighed, tried, strict=True)
             ]
             if pruned.weighed
             else [],

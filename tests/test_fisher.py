@@ -194,7 +194,10 @@ def test_adaptive_widths_cost_less_than_uniform_ones(name, tmp_path):
     results = {}
     for allocation in ("uniform", "adaptive"):
         pruner = CompPruner.from_pretrained(uneven_layers(name))
-        config = CompConfig(sparsity=0.3, allocation=allocation, round_to=8, num_samples=16, sequence_length=32)
+        shares = {"layer_fraction": 0.0, "attention_fraction": 0.0}
+        config = CompConfig(
+            sparsity=0.3, allocation=allocation, round_to=8, num_samples=16, sequence_length=32, **shares
+        )
         pruner.prune(config, tiny_blocks())
         results[allocation] = pruner
     uniform, adaptive = (results[each].report for each in ("uniform", "adaptive"))

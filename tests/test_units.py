@@ -13,7 +13,14 @@ from tiny_families import tiny_family
 
 from optimum_comp import CompConfig, CompPruner
 from optimum_comp.core.allocation import Shape, allocate
-from optimum_comp.core.quadratic import Problem, eliminate, eliminate_units, group_importance, solve
+from optimum_comp.core.quadratic import (
+    Problem,
+    eliminate,
+    eliminate_units,
+    group_importance,
+    solve,
+    units_removal_costs,
+)
 from optimum_comp.core.recovery import foreseeable
 from optimum_comp.core.selection import SCORES, Units, reduce_channels
 from optimum_comp.core.surgery import Layout, channels_of, cut, shape_after
@@ -101,6 +108,22 @@ def test_as_many_stay_of_every_class(metric, recovery):
 def test_too_few_units_are_refused():
     with pytest.raises(ValueError, match="keep=3: need 1 <= keep <= 2"):
         eliminate_units(problem_of(8), torch.arange(8).view(4, 2), torch.tensor([0, 0, 1, 1]), 3)
+
+
+def test_what_units_cost_is_the_error_of_what_is_left_of_them():
+    problem, channels = problem_of(24, seed=1), torch.arange(24)
+    groups = channels.view(3, 8), torch.zeros(3, dtype=torch.long)
+    heads = channels.view(12, 2), torch.arange(12) // 4
+    keeps = [(3, 4), (3, 2), (2, 4), (1, 4), (2, 1), (1, 3)]
+    want = []
+    for many, few in keeps:
+        left = eliminate_units(problem, *groups, many).kept
+        rest = problem._replace(target=solve(problem, left), matrix=problem.matrix[left][:, left])
+        units = torch.arange(len(left)).view(-1, 2), torch.arange(len(left) // 2) // 4
+        want.append(exact_cost(problem, left[eliminate_units(rest, *units, few).kept]))
+    found = units_removal_costs(problem._replace(matrix=problem.matrix.clone()), groups, heads, keeps)
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(want))
+    assert found[0] == 0
 
 
 @given(

@@ -73,7 +73,7 @@ def divergence(model, other) -> float:
 def test_a_layer_that_does_nothing_goes_first(name, allocation):
     model = idle_layer(name, 2)
     left = {}
-    for shares in (OPEN, {"round_to": 8}):
+    for shares in (OPEN, {"layer_fraction": 0.0, "attention_fraction": 0.0, "round_to": 8}):
         pruner = CompPruner.from_pretrained(copy.deepcopy(model))
         report = pruner.prune(CompConfig(sparsity=0.27, allocation=allocation, **SIZE, **shares), tiny_blocks())
         assert report.achieved_sparsity >= 0.27
@@ -82,8 +82,9 @@ def test_a_layer_that_does_nothing_goes_first(name, allocation):
             assert report.removed_layers == []
             continue
         assert report.removed_layers == [2] and report.units["kv"][0] == report.units["kv"][1]
-        chosen = min((each for each in report.weighed if each["cost"] is not None), key=lambda each: each["cost"])
-        assert chosen["layers"] == 1 and min(report.layer_scores) == report.layer_scores[2]
+        tried = [each for each in report.weighed if each["loss"] is not None]
+        assert min(tried, key=lambda each: each["loss"])["layers"] == 1 and tried[0]["layers"] == 0
+        assert min(report.layer_scores) == report.layer_scores[2]
         explained = " ".join(pruning_text("out", explain_pruning(Run.finished(report, pruner.config))).split())
         assert "Layer 2 went: score" in explained and "splits; what each was expected to cost" in explained
         if allocation == "adaptive":

@@ -202,7 +202,8 @@ def alternatives(
     Raises:
         ValueError: there is none; what `allocate` says where neurons take all.
     """
-    open_layers, open_attention = layer_fraction is None, attention_fraction is None
+    # Without neurons, attention takes what layers leave.
+    open_layers, open_attention = layer_fraction is None, attention_fraction is None and shape.neuron_parameters > 0
     counts: list[int | None] = [None]
     if open_layers:
         counts = list(range(min(max_layers, (shape.num_layers - 1) // 2) + 1))
@@ -302,14 +303,8 @@ class Choice:
     cost: float
 
 
-def choose(
-    weights: Sequence[int],
-    sized: Sequence[Sequence[float]],
-    gone: Sequence[float],
-    count: int,
-    room: int,
-) -> Choice | None:
-    """Remove so many whole layers, and give each other one of several sizes, so that all together cost least.
+class Knapsack:
+    """Whole layers to remove, and one of several sizes for each other, so that all together cost least.
 
     A multiple-choice knapsack, by dynamic programming over the layers (Bellman): the least cost of the first layers
     within every budget, with every number of layers removed. Costs needn't be convex; they are taken to add up. So no
@@ -319,45 +314,56 @@ def choose(
         weights: of each size.
         sized: of each layer, what it costs at each of the sizes.
         gone: of each layer, what removing it costs; infinite if it may not go.
-        count: layers to remove.
-        room: that the weights of those which stay may add up to.
-
-    Returns:
-        The exact optimum; `None` if nothing keeps to the budget.
+        most: layers that may go, at most.
+        room: that the weights of those which stay may add up to, at most.
     """
-    blocked = torch.full((count + 1, room + 1), torch.inf, dtype=torch.float64)
-    # Behind a layer that stays, and behind one that went: at first neither has happened, and the first may go.
-    stays, went = blocked.clone(), blocked.clone()
-    stays[0] = 0.0
-    steps: list[tuple[Tensor, Tensor]] = []
-    for of_layer, of_removal in zip(sized, gone, strict=True):
-        after_removal = went < stays
-        before = torch.where(after_removal, went, stays)
-        options = torch.full((len(weights), *before.shape), torch.inf, dtype=torch.float64)
-        for number, (weight, cost) in enumerate(zip(weights, of_layer, strict=True)):
-            if weight <= room:
-                options[number, :, weight:] = before[:, : room + 1 - weight] + cost
-        went = blocked.clone()
-        went[1:] = stays[:-1] + of_removal
-        stays, numbers = options.min(0)
-        steps.append((numbers, after_removal))
-    cost = min(float(stays[count, room]), float(went[count, room]))
-    if math.isinf(cost):
-        return None
-    removed, found, costs = [], [], []
-    goes = float(went[count, room]) < float(stays[count, room])
-    for layer in reversed(range(len(sized))):
-        numbers, after_removal = steps[layer]
-        if goes:
-            removed.append(layer)
-            count, goes = count - 1, False
-            continue
-        number = int(numbers[count, room])
-        found.append(number)
-        costs.append(sized[layer][number])
-        room -= weights[number]
-        goes = bool(after_removal[count, room])
-    return Choice(tuple(removed[::-1]), tuple(found[::-1]), tuple(costs[::-1]), cost)
+
+    def __init__(
+        self,
+        weights: Sequence[int],
+        sized: Sequence[Sequence[float]],
+        gone: Sequence[float],
+        most: int,
+        room: int,
+    ):
+        self._weights, self._sized = weights, sized
+        blocked = torch.full((most + 1, room + 1), torch.inf, dtype=torch.float64)
+        # Behind a layer that stays, and behind one that went: at first neither has happened, and the first may go.
+        stays, went = blocked.clone(), blocked.clone()
+        stays[0] = 0.0
+        self._steps: list[tuple[Tensor, Tensor]] = []
+        for of_layer, of_removal in zip(sized, gone, strict=True):
+            after_removal = went < stays
+            before = torch.where(after_removal, went, stays)
+            options = torch.full((len(weights), *before.shape), torch.inf, dtype=torch.float64)
+            for number, (weight, cost) in enumerate(zip(weights, of_layer, strict=True)):
+                if weight <= room:
+                    options[number, :, weight:] = before[:, : room + 1 - weight] + cost
+            went = blocked.clone()
+            went[1:] = stays[:-1] + of_removal
+            stays, numbers = options.min(0)
+            self._steps.append((numbers, after_removal))
+        self._stays, self._went = stays, went
+
+    def cheapest(self, count: int, room: int) -> Choice | None:
+        """The exact optimum with so many layers removed, within a budget; `None` if nothing keeps to it."""
+        after_removal, after_other = float(self._went[count, room]), float(self._stays[count, room])
+        cost, goes = min(after_removal, after_other), after_removal < after_other
+        if math.isinf(cost):
+            return None
+        removed, found, costs = [], [], []
+        for layer in reversed(range(len(self._sized))):
+            numbers, follows_removal = self._steps[layer]
+            if goes:
+                removed.append(layer)
+                count, goes = count - 1, False
+                continue
+            number = int(numbers[count, room])
+            found.append(number)
+            costs.append(self._sized[layer][number])
+            room -= self._weights[number]
+            goes = bool(follows_removal[count, room])
+        return Choice(tuple(removed[::-1]), tuple(found[::-1]), tuple(costs[::-1]), cost)
 
 
 def steps_of(sizes: Sequence[int], step: int) -> list[int]:

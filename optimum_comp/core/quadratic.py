@@ -34,6 +34,7 @@ the steps, not the equations.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -212,6 +213,13 @@ class _Shrinking:
         self.gone = torch.zeros(problem.matrix.shape[0], dtype=torch.bool, device=self.inverse.device)
         self._cost = 0.0
 
+    def copy(self) -> _Shrinking:
+        """The same, from which other channels can go."""
+        other = copy.copy(self)
+        other.inverse, other.target, other.gone = self.inverse.clone(), self.target.clone(), self.gone.clone()
+        other._measured = other.target if self._measured is self.target else self._measured.clone()
+        return other
+
     def importance(self) -> Tensor:
         """Of each channel, `[d]`."""
         # In exact arithmetic the diagonal of the inverse of a matrix with a unit diagonal is at least 1.
@@ -240,7 +248,9 @@ class _Shrinking:
         return measured
 
     def remove_units(self, channels: Tensor, classes: Tensor, keep: int) -> float:
-        """Have the least important units that haven't gone go, one at a time, until so many of each class are left.
+        """Have the least important units go, one at a time, until so many of each class are left.
+
+        Units of which a channel has gone already aren't there any more.
 
         Args:
             channels: of each unit, `[units, width]`.
@@ -250,7 +260,8 @@ class _Shrinking:
         Returns:
             By how much the measured error grows.
         """
-        grown = 0.0
+        there = ~self.gone[channels].any(1)
+        channels, classes, grown = channels[there], classes[there], 0.0
         while True:
             sizes = torch.bincount(classes)
             removable = (sizes > keep)[classes]
@@ -349,21 +360,30 @@ def eliminate_units(
     return left.result(first)
 
 
-def units_removal_cost(problem: Problem, steps: Sequence[tuple[Tensor, Tensor, int]]) -> float:
-    """What removing units of several kinds costs, one kind after the other, the others re-fitted.
+def units_removal_costs(
+    problem: Problem, groups: tuple[Tensor, Tensor], heads: tuple[Tensor, Tensor], keeps: Sequence[tuple[int, int]]
+) -> list[float]:
+    """What removing groups of channels costs, and then units within those that stay, the others re-fitted.
 
-    Units go as in `eliminate_units`; of a later kind, only those are there of which no channel has gone.
+    Both go as in `eliminate_units`.
 
     Args:
-        problem: targets and matrix.
-        steps: of each kind the channels `[units, width]`, the classes `[units]`, and how many stay of each class.
+        problem: targets and matrix; the matrix is overwritten.
+        groups: channels `[groups, width]` and classes `[groups]`.
+        heads: the same of smaller units, each within a group.
+        keeps: how many groups stay of each class, and how many heads of each class.
 
     Returns:
-        The measured error, `Σ_rows (R (T* − T'))ᵀ Q (R (T* − T'))`.
+        The measured error, `Σ_rows (R (T* − T'))ᵀ Q (R (T* − T'))`, for each of `keeps`.
     """
-    left = _Shrinking(problem, overwrite=False)
-    cost = 0.0
-    for channels, classes, keep in steps:
-        there = ~left.gone[channels].any(1)
-        cost += left.remove_units(channels[there], classes[there], keep)
-    return cost
+    left, cost = _Shrinking(problem, overwrite=True), 0.0
+    found = {}
+    counts = sorted({many for many, _ in keeps}, reverse=True)
+    for many in counts:
+        cost += left.remove_units(*groups, many)
+        # More groups are to go from here, and not from where heads have gone.
+        branch, more = left if many == counts[-1] else left.copy(), cost
+        for few in sorted({few for of, few in keeps if of == many}, reverse=True):
+            more += branch.remove_units(*heads, few)
+            found[many, few] = more
+    return [found[each] for each in keeps]

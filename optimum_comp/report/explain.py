@@ -380,13 +380,18 @@ def _weighed_lines(budget: Mapping[str, Any]) -> list[str]:
     possible = [each for each in budget["weighed"] if each["cost"] is not None]
     if not possible:
         return []
-    told = "The cheapest of {} splits; what each was expected to cost, in nats a token:"
+    told = (
+        "The cheapest of {} splits; what each was expected to cost, in nats a token, and, where it was tried, the "
+        "loss that was measured on samples that weren't fitted:"
+    )
     lines = [_filled(told.format(len(possible)), 2)]
-    rows = [("whole layers", "key-value groups", "query heads", "cost")]
+    rows = [("whole layers", "key-value groups", "query heads", "cost", "loss")]
     before = budget["units"]
-    for each in sorted(possible, key=lambda each: each["cost"])[:_SPLITS]:
-        left = [str(each["units"].get(kind, "all")) if kind in before else "-" for kind in ("kv", "heads")]
-        rows.append((str(each["layers"]), *left, f"{each['cost']:.4f}"))
+    ranked = sorted(possible, key=lambda each: (each["loss"] is None, each["loss"] or each["cost"]))
+    for each in ranked[:_SPLITS]:
+        groups, heads = (str(each["units"].get(kind, "all")) if kind in before else "-" for kind in ("kv", "heads"))
+        loss = "" if each["loss"] is None else f"{each['loss']:.4f}"
+        rows.append((str(each["layers"]), groups, heads, f"{each['cost']:.4f}", loss))
     return lines + [f"    {line}" for line in _aligned(rows)]
 
 

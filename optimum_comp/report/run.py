@@ -100,8 +100,9 @@ class CompReport:
         matmul_dtype: what factors of matrix products were rounded to while layers ran.
         ledger: what was to go of each kind of unit, and what did; empty where nobody has recorded it.
         expected_costs: nats a token that each layer's width was expected to cost; `None` where all have one width.
-        weighed: nats a token that each split of the budget was expected to cost, where there was one to choose: whole
-            `layers` that go, `units` that stay in each other, and the `cost`, `None` for one that can't be.
+        weighed: the splits of the budget, where there was one to choose: whole `layers` that go, `units` that stay in
+            each other, the `cost` that was expected, in nats a token, `None` for one that can't be, and the `loss` on
+            samples that were held out, `None` for one that wasn't tried.
         seconds: wall time; of a run that was gone on with, since then.
         peak_memory_bytes: largest memory of the process so far.
         timings: seconds by kind of work.

@@ -164,13 +164,15 @@ _STATE: dict[str, Check] = {
     "removed": _list_of(_integer(0)),
     "layer_scores": _list_of(_is_real),
     "widths": _list_of(_integer(1)),
-    "costs": _list_of(_is_real),
+    "costs": _or_none(_list_of(_is_real)),
     "chosen": _integer(0),
     "weighed": _list_of(_or_none(_is_real)),
+    "tried": _list_of(_or_none(_is_real)),
     "files": _list_of(is_plain_name),
     "stale": _list_of(is_plain_name),
 }
-_OF_REMOVAL, _OF_FINISHING = ("removed", "layer_scores", "widths", "costs", "chosen", "weighed"), ("files", "stale")
+_OF_SETTLING = ("widths", "costs", "chosen", "weighed", "tried")
+_OF_REMOVAL, _OF_FINISHING = ("removed", "layer_scores", *_OF_SETTLING), ("files", "stale")
 
 _DECISION: dict[str, Check] = {
     "axis": _one_of(*AXES),
@@ -194,6 +196,9 @@ def require_state(state: Mapping[str, Any]) -> None:
     """
     finishing = state.get("stage") == FINISHING
     require(state, _STATE, optional=_OF_REMOVAL if finishing else (*_OF_REMOVAL, *_OF_FINISHING))
+    settled = [name for name in (*_OF_SETTLING, "removed", "layer_scores") if name in state]
+    if set(settled) & set(_OF_SETTLING) and len(settled) < len(_OF_REMOVAL):
+        raise ValueError(f"{next(name for name in _OF_REMOVAL if name not in state)} is missing")
     if state["run"] or state["finished"] or finishing:
         require(state["run"], _RUN)
     if finishing and not state["files"]:

@@ -13,11 +13,11 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from optimum_comp.configuration import CompConfig
-from optimum_comp.core.allocation import Allocation, Choice, choose, sizes_to_try, steps_of
+from optimum_comp.core.allocation import Allocation
 from optimum_comp.core.equalization import find_scales, room_of
 from optimum_comp.core.fisher import root_of
 from optimum_comp.core.gram import GramAccumulator, add_cross_moment
-from optimum_comp.core.layer_scores import least_important
+from optimum_comp.core.layer_scores import least_important, next_token_loss
 from optimum_comp.core.recovery import FORMS, energy, refit
 from optimum_comp.core.selection import Reduction, Units, reduce_channels
 from optimum_comp.core.surgery import Counts, Kept
@@ -44,9 +44,10 @@ from optimum_comp.sweep.ranks import Ranks
 from optimum_comp.sweep.recording import Recorder
 from optimum_comp.sweep.runner import LayerRunner, Tap, replaced
 from optimum_comp.sweep.scoring import LAYER_SCORES
+from optimum_comp.sweep.settling import TRIAL_SAMPLES, TRIAL_TOKENS_PER_CHANNEL, Settled, Settling
 from optimum_comp.sweep.states import ActivationStore, rows_of
 from optimum_comp.sweep.stopwatch import Stopwatch
-from optimum_comp.sweep.weighing import LayerCosts, Weighing, weigh
+from optimum_comp.sweep.weighing import weigh
 from optimum_comp.utils import get_logger, keep_large_blocks_apart, progress_disabled, release_free_memory
 
 
@@ -66,6 +67,7 @@ class Pruned:
         plan: which of the splits that were to choose from.
         weighed: nats a token that each of them was expected to cost; `None` for one that can't be; empty where there
             was only one.
+        tried: the loss that each was measured at; `None` for one that wasn't tried; empty if none was.
     """
 
     removed: list[int]
@@ -75,32 +77,12 @@ class Pruned:
     costs: list[float] | None = None
     plan: int = 0
     weighed: list[float | None] = dataclasses.field(default_factory=list)
+    tried: list[float | None] = dataclasses.field(default_factory=list)
 
     @property
     def is_uneven(self) -> bool:
         """Whether layers have different widths."""
         return len(set(self.widths)) > 1
-
-
-@dataclasses.dataclass
-class _Settled:
-    """What goes from where.
-
-    Attributes:
-        chosen: which of the splits.
-        removed: whole layers that go.
-        layer_scores: of every layer; empty if none had to go.
-        widths: neurons of each layer that stays.
-        costs: what each width is expected to cost; `None` where all are alike.
-        weighed: what each split is.
-    """
-
-    chosen: int
-    removed: list[int]
-    layer_scores: list[float]
-    widths: list[int]
-    costs: list[float] | None = None
-    weighed: list[float | None] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
@@ -194,6 +176,7 @@ class PruningRun:
         self._fisher: ActivationStore | None = None
         self._at: _Layer | None = None
         self._progress: tqdm | None = None
+        self._doing = "Pruning"
 
     def run(self) -> Pruned:
         """Prune every layer that stays, in order.
@@ -235,10 +218,6 @@ class PruningRun:
                 "bridges and errors measured by their loss are off.",
                 self.family.ffn.consumer.path,
             )
-        if additive:
-            # The consumer's product rounds them to this in any case.
-            factor = min(self._runner.matmul_dtype, self.source.state_dtype, key=lambda dtype: dtype.itemsize)
-            self._inputs = self._store("inputs", self._neurons, self._plan.spill_inputs, factor)
         if settled is None:
             settled = self._settle(own, removed, scores)
         self._keep_all_but(settled.removed)
@@ -249,6 +228,8 @@ class PruningRun:
             self._find_folds(first, own)
         if additive and self.config.alignment > 0 and self.config.recovery != "none":
             self._dense = self._store("dense", self._hidden, self._plan.spill_states)
+        if additive:
+            self._inputs = self._input_store("inputs")
         if done:
             with self.clock("read"):
                 self._recorder.restore(done, self._streams)
@@ -261,7 +242,7 @@ class PruningRun:
         progress = tqdm(
             total=len(self._kept_layers),
             initial=done,
-            desc="Pruning",
+            desc=self._doing,
             unit="layer",
             disable=progress_disabled() or not self.ranks.is_first,
         )
@@ -276,6 +257,7 @@ class PruningRun:
             settled.costs,
             settled.chosen,
             settled.weighed,
+            settled.tried,
         )
 
     def visit(self, index: int, layer: nn.Module) -> None:
@@ -359,6 +341,20 @@ class PruningRun:
         with self._runner.products():
             return functional.linear(inputs, weight).to(inputs.dtype)
 
+    def _settled(self) -> Settled | None:
+        """What goes from where, if an interrupted run has found that out.
+
+        Raises:
+            DamagedRunError: it tells of what the model doesn't have.
+        """
+        if self._journal is None:
+            return None
+        found = Settled.of(self._journal.state)
+        if found is not None and not found.fits(self._plans, len(self.source.layers), self._neurons):
+            assert self._folder is not None
+            raise DamagedRunError(self._folder.parent, "it tells of layers or widths that the model doesn't have")
+        return found
+
     def _keep_all_but(self, removed: Sequence[int]) -> None:
         self._kept_layers = [index for index in range(len(self.source.layers)) if index not in removed]
 
@@ -427,37 +423,7 @@ class PruningRun:
         # Where hidden states overflow, observing the layer that it comes from says so, and names it.
         self._fisher = moments if found else None
 
-    def _settled(self) -> _Settled | None:
-        """What goes from where, if an interrupted run has found that out.
-
-        Raises:
-            DamagedRunError: it tells of what the model doesn't have.
-        """
-        state = {} if self._journal is None else self._journal.state
-        if "widths" not in state:
-            return None
-        chosen = state.get("chosen", 0)
-        found = _Settled(
-            chosen,
-            state.get("removed", []),
-            state.get("layer_scores", []),
-            state["widths"],
-            state["costs"] if self.config.allocation == "adaptive" else None,
-            state.get("weighed", []),
-        )
-        depth, plans = len(self.source.layers), self._plans
-        if (
-            chosen >= len(plans)
-            or len(found.weighed) not in (0, len(plans))
-            or len(set(found.removed)) != plans[chosen].layers
-            or len(found.widths) != depth - plans[chosen].layers
-            or max(found.widths) > self._neurons
-        ):
-            assert self._folder is not None
-            raise DamagedRunError(self._folder.parent, "it tells of layers or widths that the model doesn't have")
-        return found
-
-    def _settle(self, scratch: ActivationStore, removed: list[int], scores: list[float]) -> _Settled:
+    def _settle(self, scratch: ActivationStore, removed: list[int], scores: list[float]) -> Settled:
         """Find out what goes from where.
 
         Args:
@@ -465,115 +431,41 @@ class PruningRun:
             removed: layers that go in any case.
             scores: every layer's, if some went by them.
         """
-        plan, layers = self._plans[0], len(self._kept_layers)
-        is_open = len(self._plans) > 1
-        is_adaptive = self.config.allocation == "adaptive" and plan.width < self._neurons and layers > 1
-        if (is_open or is_adaptive) and self._fisher is not None:
+        plan = self._plans[0]
+        settling = Settling(
+            self.config, self._plans, self._counts, self._neurons, self._kept_layers, self._protected, self.ranks
+        )
+        if settling.has_to_weigh and self._fisher is not None:
+            inputs = self._input_store("weighed") if settling.weighs_layers else None
             with self.clock("weighing"):
-                found = self._weigh(scratch, removed, scores)
-                self._runner.embed_all(self._batches, scratch)
+                what = settling.what
+                costs = weigh(self._runner, self._batches, scratch, self.ranks, self._price, what, inputs)
+            if inputs is not None:
+                inputs.close()
+            found = settling.choose(costs, removed, scores, self._try)
+            self._runner.embed_all(self._batches, scratch)
             if self._journal is not None:
-                changes = dataclasses.asdict(found) | {"costs": found.costs or []}
-                self._journal.record(**(changes if is_open else {name: changes[name] for name in ("widths", "costs")}))
+                self._journal.record(**found.entries())
             if self.ranks.is_first:
-                self._say(found)
+                settling.say(found)
             return found
-        if (is_open or is_adaptive) and self.ranks.is_first:
-            logger.warning(
-                "Gradients of the loss can't be had, so nothing is weighed, and all layers keep as many neurons."
-            )
+        if settling.has_to_weigh and self.ranks.is_first:
+            logger.warning("Gradients of the loss can't be had, so all layers keep as many neurons as each other.")
         if self._weighs_layers and plan.layers:
             removed, scores = self._coarse(scratch, plan.layers)
             self._runner.embed_all(self._batches, scratch)
-        return _Settled(0, removed, scores, [plan.width] * (len(self.source.layers) - len(removed)))
+        return Settled(0, removed, scores, [plan.width] * (len(self.source.layers) - len(removed)))
 
-    def _weigh(self, scratch: ActivationStore, removed: list[int], scores: list[float]) -> _Settled:
-        """What costs least of all that may go, in nats a token."""
-        widths = [plan.width for plan in self._plans]
-        # A block at a time, as neurons go, but not less finely than in some thirty steps.
-        block = min(self.config.elimination_block or self._neurons, self._neurons // 32)
-        step = self.config.round_to * max(1, block // self.config.round_to)
-        grid = sizes_to_try(self._neurons, min(widths) // 2, step)
-        is_adaptive = self.config.allocation == "adaptive"
-        sizes = grid if is_adaptive else sorted({self._neurons, *grid, *widths}, reverse=True)
-        attention = list(dict.fromkeys(map(self._attention_left, self._plans)))
-        what = Weighing(
-            form=self.config.resolved_neuron_metric,
-            ridge=self.config.ridge,
-            kept=self._kept_layers,
-            sizes=sizes,
-            attention=attention if len(attention) > 1 else (),
-            layers=self._weighs_layers,
-            is_bridged=self.config.bridge,
-        )
-        costs = weigh(self._runner, self._batches, scratch, self.ranks, self._price, what, self._inputs)
-        found: _Settled | None = None
-        if self.ranks.is_first:
-            found = self._cheapest(costs, what, grid, step, removed, scores)
-        shared = self.ranks.from_first(found)
-        assert shared is not None
-        return shared
+    def _try(self, settled: Settled) -> float:
+        """Loss, in nats a token, of what is left, pruned as all will be on some samples and measured on others."""
+        stride = max(2, self._tokens.numel() // (TRIAL_TOKENS_PER_CHANNEL * self._neurons))
+        with self.clock("trying"):
+            return Trial(self, settled, self._tokens[::stride], self._tokens[1::stride][:TRIAL_SAMPLES]).loss()
 
-    def _attention_left(self, plan: Allocation) -> tuple[int, int]:
-        """Groups and heads that a split leaves in a layer."""
-        groups = plan.units.get(KV, self._counts.get(KV, 1))
-        heads = self._counts.get(HEADS, 1) // self._counts.get(KV, 1) * groups
-        return groups, plan.units.get(HEADS, heads)
-
-    def _cheapest(
-        self,
-        costs: list[LayerCosts],
-        what: Weighing,
-        grid: list[int],
-        step: int,
-        removed: list[int],
-        scores: list[float],
-    ) -> _Settled:
-        """The split that costs least, and what goes from where in it."""
-        is_adaptive = self.config.allocation == "adaptive"
-        gone = [torch.inf if index in self._protected else of.gone for index, of in zip(what.kept, costs, strict=True)]
-        choices: list[Choice | None] = []
-        for plan in self._plans:
-            left = self._attention_left(plan)
-            extra = [of.attention[what.attention.index(left)] if what.attention else 0.0 for of in costs]
-            sizes = grid if is_adaptive else [plan.width]
-            numbers = [what.sizes.index(size) for size in sizes]
-            sized = [[of.sizes[at] + more for at in numbers] for of, more in zip(costs, extra, strict=True)]
-            count = plan.layers if what.layers else 0
-            weights = steps_of(sizes, step) if is_adaptive else [0]
-            room = plan.width * (len(costs) - count) // step if is_adaptive else 0
-            choices.append(choose(weights, sized, gone, count, room))
-        weighed = [None if choice is None else choice.cost for choice in choices]
-        chosen = min((cost, number) for number, cost in enumerate(weighed) if cost is not None)[1]
-        plan, choice = self._plans[chosen], choices[chosen]
-        assert choice is not None
-        widths = [grid[number] for number in choice.numbers] if is_adaptive else [plan.width] * len(choice.numbers)
-        return _Settled(
-            chosen,
-            [what.kept[place] for place in choice.removed] if what.layers else removed,
-            [of.gone for of in costs] if what.layers else scores,
-            widths,
-            list(choice.costs) if is_adaptive else None,
-            weighed if len(self._plans) > 1 else [],
-        )
-
-    def _say(self, found: _Settled) -> None:
-        if found.weighed:
-            plan, cost, first = self._plans[found.chosen], found.weighed[found.chosen], found.weighed[0]
-            groups, heads = self._attention_left(plan)
-            logger.info(
-                "Of %d splits, the cheapest removes %d whole layers%s and leaves %d groups of %d heads in the others: "
-                "%.4f nats a token are expected%s.",
-                len(found.weighed),
-                len(found.removed),
-                f" ({', '.join(map(str, found.removed))})" if found.removed else "",
-                groups,
-                heads // groups,
-                cost,
-                "" if first is None or found.chosen == 0 else f", and {first:.4f} where neurons take all",
-            )
-        if found.costs is not None:
-            logger.info("Widths by what they cost: %s.", ", ".join(map(str, found.widths)))
+    def _input_store(self, name: str) -> ActivationStore:
+        # The consumer's product rounds them to this in any case.
+        factor = min(self._runner.matmul_dtype, self.source.state_dtype, key=lambda dtype: dtype.itemsize)
+        return self._store(name, self._neurons, self._plan.spill_inputs, factor)
 
     def _price(self, index: int) -> tuple[Tensor, float] | None:
         """By which errors behind a layer are measured, and what the square of one costs, in nats."""
@@ -874,6 +766,70 @@ class PruningRun:
 
     def _names(self, index: int, path: str) -> contextlib.AbstractContextManager[None]:
         return _names_layer(f"{self.family.layers}.{index}.{path}")
+
+
+class Trial(PruningRun):
+    """A run over fewer samples that keeps nothing but what is left loses on others.
+
+    Args:
+        run: of which this is a trial; its Fisher information serves here, too.
+        settled: what goes from where.
+        fitted: samples to prune with, `[samples, length]`.
+        held_out: samples to measure on.
+    """
+
+    def __init__(self, run: PruningRun, settled: Settled, fitted: Tensor, held_out: Tensor):
+        config = CompConfig(**{**run.config.fields(), "equalize": False})
+        plans = [run._plans[settled.chosen]]
+        super().__init__(
+            run._runner, config, plans, run._protected, fitted, run._plan, run.ranks, run._folder, None, run._start
+        )
+        self._doing = "Trying what goes"
+        self._fisher = run._fisher
+        self._given = dataclasses.replace(settled, chosen=0, weighed=[], tried=[])
+        self._held_out = self.ranks.batches(held_out, run._plan.batch_size) if len(held_out) else []
+        self._held_rows = rows_of(self._held_out)
+        shape = sum(map(len, self._held_out)), fitted.shape[1], self._hidden
+        self._others = self._made("others", shape, self.source.state_dtype, None)
+
+    def loss(self) -> float:
+        """Mean loss of the next token of the samples that are held out, in nats."""
+        self._runner.embed_all(self._held_out, self._others)
+        sums = torch.zeros(2, dtype=torch.float64)
+        try:
+            self._run()
+            with self.source.outside(head=True):
+                for rows, batch in zip(self._held_rows, self._held_out, strict=True):
+                    for number, sample in enumerate(batch.to(self.source.device)):
+                        hidden = self._read(self._others, slice(rows.start + number, rows.start + number + 1))
+                        sums += torch.tensor(next_token_loss(self._runner.logits(sample[None], hidden), sample[None]))
+        finally:
+            self._recorder.close()
+            for store in self._stores:
+                store.close()
+        self.ranks.sum_(sums)
+        return float(sums[0] / sums[1])
+
+    def _settled(self) -> Settled | None:
+        return self._given
+
+    def _find_fisher(self) -> None:
+        """It is there."""
+
+    def _made(
+        self, name: str, shape: tuple[int, int, int], dtype: torch.dtype, folder: Path | None
+    ) -> ActivationStore:
+        return super()._made(f"trial-{name}", shape, dtype, folder)
+
+    def _commit(self, index: int, at: _Layer, factors: Factors) -> None:
+        """Instead, take the samples that are held out through what would be kept."""
+        with (
+            self.source.layer(index) as layer,
+            cut_meanwhile(self.family, self._model_config, layer, at.cuts),
+            self.clock("forward"),
+        ):
+            for rows in self._held_rows:
+                self._others.write(rows, self._runner.run(index, self._read(self._others, rows)))
 
 
 class _Through:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from optimum_comp.core.gram import GramAccumulator, add_cross_moment, regularize
-from optimum_comp.core.quadratic import Problem, removal_costs, units_removal_cost
+from optimum_comp.core.quadratic import Problem, removal_costs, units_removal_costs
 from optimum_comp.core.recovery import problem_of
 from optimum_comp.families import HEADS, KV
 from optimum_comp.families.spec import Axis
@@ -242,10 +242,9 @@ class _Costs:
         if self._attention is not None:
             gram, weight = self._attention
             problem = self._problem(weight, gram, root)
-            costs.attention = [
-                price * units_removal_cost(problem, self._steps(kept, weight.shape[1], gram.device))
-                for kept in what.attention
-            ]
+            groups, heads = (self._units(name, weight.shape[1], gram.device) for name in (KV, HEADS))
+            keeps = [(groups_left, heads_left // groups_left) for groups_left, heads_left in what.attention]
+            costs.attention = [price * cost for cost in units_removal_costs(problem, groups, heads, keeps)]
         # The next layer's bridge asks for this matrix once more.
         gram = self._gram.clone() if what.layers else self._gram
         problem = self._problem(self._weight, gram, root)
@@ -258,15 +257,10 @@ class _Costs:
         # The root is a part of the matrix there, and its scale with it.
         return problem._replace(root=None) if form == "condition_mask" else problem
 
-    def _steps(self, kept: tuple[int, int], channels: int, device: torch.device) -> list[tuple[Tensor, Tensor, int]]:
-        """The units that go, group by group and then head by head of those that stay."""
-        source, (groups, heads) = self._runner.source, kept
-        counts = source.family.counts(source.model.config, source.layers[0])
-        steps = []
-        for axis, keep in ((KV, groups), (HEADS, heads // groups)):
-            units = units_of(axis, counts, channels).to(device)
-            steps.append((units.channels, units.classes, keep))
-        return steps
+    def _units(self, axis: str, channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        source = self._runner.source
+        units = units_of(axis, source.family.counts(source.model.config, source.layers[0]), channels).to(device)
+        return units.channels, units.classes
 
 
 def _attention_axis(runner: LayerRunner) -> Axis:
