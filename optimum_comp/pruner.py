@@ -608,8 +608,13 @@ class CompPruner:
             ledger=list(allocation.ledger),
             expected_costs=pruned.costs,
             weighed=[
-                {"layers": plan.layers, "units": units_after(self._counts, plan.units), "cost": cost, "loss": loss}
-                for plan, cost, loss in zip(plans, pruned.weighed, tried, strict=True)
+                {
+                    "layers": plan.layers,
+                    "units": units_after(self._counts, plan.units),
+                    "cost": cost,
+                    "divergence": divergence,
+                }
+                for plan, cost, divergence in zip(plans, pruned.weighed, tried, strict=True)
             ]
             if pruned.weighed
             else [],

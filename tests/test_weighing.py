@@ -82,8 +82,8 @@ def test_a_layer_that_does_nothing_goes_first(name, allocation):
             assert report.removed_layers == []
             continue
         assert report.removed_layers == [2] and report.units["kv"][0] == report.units["kv"][1]
-        tried = [each for each in report.weighed if each["loss"] is not None]
-        assert min(tried, key=lambda each: each["loss"])["layers"] == 1 and tried[0]["layers"] == 0
+        tried = [each for each in report.weighed if each["divergence"] is not None]
+        assert min(tried, key=lambda each: each["divergence"])["layers"] == 1 and tried[0]["layers"] == 0
         assert min(report.layer_scores) == report.layer_scores[2]
         explained = " ".join(pruning_text("out", explain_pruning(Run.finished(report, pruner.config))).split())
         assert "Layer 2 went: score" in explained and "splits; what each was expected to cost" in explained

@@ -382,16 +382,16 @@ def _weighed_lines(budget: Mapping[str, Any]) -> list[str]:
         return []
     told = (
         "The cheapest of {} splits; what each was expected to cost, in nats a token, and, where it was tried, the "
-        "loss that was measured on samples that weren't fitted:"
+        "divergence from the dense model that was measured on samples that weren't fitted:"
     )
     lines = [_filled(told.format(len(possible)), 2)]
-    rows = [("whole layers", "key-value groups", "query heads", "cost", "loss")]
+    rows = [("whole layers", "key-value groups", "query heads", "cost", "divergence")]
     before = budget["units"]
-    ranked = sorted(possible, key=lambda each: (each["loss"] is None, each["loss"] or each["cost"]))
+    ranked = sorted(possible, key=lambda each: (each["divergence"] is None, each["divergence"] or each["cost"]))
     for each in ranked[:_SPLITS]:
         groups, heads = (str(each["units"].get(kind, "all")) if kind in before else "-" for kind in ("kv", "heads"))
-        loss = "" if each["loss"] is None else f"{each['loss']:.4f}"
-        rows.append((str(each["layers"]), groups, heads, f"{each['cost']:.4f}", loss))
+        tried = "" if each["divergence"] is None else f"{each['divergence']:.4f}"
+        rows.append((str(each["layers"]), groups, heads, f"{each['cost']:.4f}", tried))
     return lines + [f"    {line}" for line in _aligned(rows)]
 
 

@@ -101,8 +101,8 @@ class CompReport:
         ledger: what was to go of each kind of unit, and what did; empty where nobody has recorded it.
         expected_costs: nats a token that each layer's width was expected to cost; `None` where all have one width.
         weighed: the splits of the budget, where there was one to choose: whole `layers` that go, `units` that stay in
-            each other, the `cost` that was expected, in nats a token, `None` for one that can't be, and the `loss` on
-            samples that were held out, `None` for one that wasn't tried.
+            each other, the `cost` that was expected, in nats a token, `None` for one that can't be, and the
+            `divergence` from the dense model on samples that were held out, `None` for one that wasn't tried.
         seconds: wall time; of a run that was gone on with, since then.
         peak_memory_bytes: largest memory of the process so far.
         timings: seconds by kind of work.

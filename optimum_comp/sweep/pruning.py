@@ -17,7 +17,7 @@ from optimum_comp.core.allocation import Allocation
 from optimum_comp.core.equalization import find_scales, room_of
 from optimum_comp.core.fisher import root_of
 from optimum_comp.core.gram import GramAccumulator, add_cross_moment
-from optimum_comp.core.layer_scores import least_important, next_token_loss
+from optimum_comp.core.layer_scores import least_important
 from optimum_comp.core.recovery import FORMS, energy, refit
 from optimum_comp.core.selection import Reduction, Units, reduce_channels
 from optimum_comp.core.surgery import Counts, Kept
@@ -67,7 +67,8 @@ class Pruned:
         plan: which of the splits that were to choose from.
         weighed: nats a token that each of them was expected to cost; `None` for one that can't be; empty where there
             was only one.
-        tried: the loss that each was measured at; `None` for one that wasn't tried; empty if none was.
+        tried: the divergence from the dense model that each was measured at; `None` for one that wasn't tried; empty
+            if none was.
     """
 
     removed: list[int]
@@ -375,13 +376,8 @@ class PruningRun:
 
     def _pass(self, indices: range, states: ActivationStore) -> None:
         """Take hidden states through several dense layers."""
-        sweep(self.source, indices, _Through(self, states), lambda: self.clock("read"))
-
-    def through(self, index: int, states: ActivationStore) -> None:
-        """Take hidden states through the dense layer that is at hand."""
-        with self.clock("forward"):
-            for rows in self._rows:
-                states.write(rows, self._runner.run(index, self._read(states, rows)))
+        through = _Through(self._runner, self._rows, states, self.clock)
+        sweep(self.source, indices, through, lambda: self.clock("read"))
 
     def _adds_to_residual(self, index: int, own: ActivationStore) -> bool:
         """Whether the layer's output is the tapped layer's plus what the consumer contributes.
@@ -457,10 +453,10 @@ class PruningRun:
         return Settled(0, removed, scores, [plan.width] * (len(self.source.layers) - len(removed)))
 
     def _try(self, settled: Settled) -> float:
-        """Loss, in nats a token, of what is left, pruned as all will be on some samples and measured on others."""
+        """How far what is left is from the dense model, in nats a token, pruned and measured on different samples."""
         stride = max(2, self._tokens.numel() // (TRIAL_TOKENS_PER_CHANNEL * self._neurons))
         with self.clock("trying"):
-            return Trial(self, settled, self._tokens[::stride], self._tokens[1::stride][:TRIAL_SAMPLES]).loss()
+            return Trial(self, settled, self._tokens[::stride], self._tokens[1::stride][:TRIAL_SAMPLES]).divergence()
 
     def _input_store(self, name: str) -> ActivationStore:
         # The consumer's product rounds them to this in any case.
@@ -769,7 +765,7 @@ class PruningRun:
 
 
 class Trial(PruningRun):
-    """A run over fewer samples that keeps nothing but what is left loses on others.
+    """A run over fewer samples that keeps nothing; what would be left is measured on others.
 
     Args:
         run: of which this is a trial; its Fisher information serves here, too.
@@ -792,23 +788,44 @@ class Trial(PruningRun):
         shape = sum(map(len, self._held_out)), fitted.shape[1], self._hidden
         self._others = self._made("others", shape, self.source.state_dtype, None)
 
-    def loss(self) -> float:
-        """Mean loss of the next token of the samples that are held out, in nats."""
-        self._runner.embed_all(self._held_out, self._others)
+    def divergence(self) -> float:
+        """Mean over the tokens held out of the divergence of what is left from the dense model, in nats.
+
+        It tells splits apart by far fewer tokens than the loss of the text's own next tokens would.
+        """
+        dense = self._made("dense-others", self._others.shape, self._others.dtype, None)
         sums = torch.zeros(2, dtype=torch.float64)
         try:
+            self._runner.embed_all(self._held_out, self._others)
+            for rows in self._held_rows:
+                dense.write(rows, self._read(self._others, rows))
+            through = _Through(self._runner, self._held_rows, dense, self.clock)
+            sweep(self.source, range(len(self.source.layers)), through)
             self._run()
             with self.source.outside(head=True):
                 for rows, batch in zip(self._held_rows, self._held_out, strict=True):
                     for number, sample in enumerate(batch.to(self.source.device)):
-                        hidden = self._read(self._others, slice(rows.start + number, rows.start + number + 1))
-                        sums += torch.tensor(next_token_loss(self._runner.logits(sample[None], hidden), sample[None]))
+                        at = slice(rows.start + number, rows.start + number + 1)
+                        sums[0] += self._divergence(sample[None], self._read(dense, at), self._read(self._others, at))
+                        sums[1] += sample.numel()
         finally:
             self._recorder.close()
             for store in self._stores:
                 store.close()
         self.ranks.sum_(sums)
         return float(sums[0] / sums[1])
+
+    def _divergence(self, sample: Tensor, dense: Tensor, left: Tensor) -> float:
+        """Summed over a sample's tokens, from hidden states `[1, length, hidden]` that leave the last layer."""
+        total, step = 0.0, max(1, self._runner.positions_at_a_time // 8)
+        for first in range(0, sample.shape[1], step):
+            part = slice(first, first + step)
+            wanted, found = (
+                self._runner.logits(sample[:, part], states[:, part]).float().log_softmax(-1)
+                for states in (dense, left)
+            )
+            total += float(functional.kl_div(found, wanted, log_target=True, reduction="sum"))
+        return total
 
     def _settled(self) -> Settled | None:
         return self._given
@@ -835,11 +852,15 @@ class Trial(PruningRun):
 class _Through:
     """Takes hidden states through dense layers."""
 
-    def __init__(self, run: PruningRun, states: ActivationStore):
-        self._run, self._states = run, states
+    def __init__(self, runner: LayerRunner, rows: list[slice], states: ActivationStore, clock: Stopwatch):
+        self._runner, self._rows, self._states, self._clock = runner, rows, states, clock
 
     def visit(self, index: int, layer: nn.Module) -> None:
-        self._run.through(index, self._states)
+        source = self._runner.source
+        with self._clock("forward"):
+            for rows in self._rows:
+                hidden = self._states.read(rows, source.device, source.compute_dtype)
+                self._states.write(rows, self._runner.run(index, hidden))
 
     def leave(self, index: int) -> None:
         """Nothing is left to do."""

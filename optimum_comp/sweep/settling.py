@@ -36,7 +36,8 @@ class Settled:
         widths: neurons of each layer that stays.
         costs: what each width is expected to cost, in nats a token; `None` where all are alike.
         weighed: what each split is expected to cost; `None` for one that can't be; empty where there was only one.
-        tried: the loss that each was measured at; `None` for one that wasn't tried; empty if none was.
+        tried: the divergence from the dense model that each was measured at; `None` for one that wasn't tried; empty
+            if none was.
     """
 
     chosen: int
@@ -124,7 +125,7 @@ class Settling:
         scores: list[float],
         measure: Callable[[Settled], float],
     ) -> Settled:
-        """The split that loses least.
+        """The split that costs least.
 
         What is expected is to second order, of each part by itself: about right for neurons, too little where several
         layers go or attention does. So if anything else promises to be cheaper than what takes fewest layers
@@ -134,7 +135,7 @@ class Settling:
             costs: of each layer in `what.kept`.
             removed: layers that go in any case.
             scores: every layer's, if some went by them.
-            measure: tries a split, and returns its loss in nats a token.
+            measure: tries a split, and returns how far it leads from the dense model, in nats a token.
         """
         choices = self._ranks.from_first(self._choices(costs) if self._ranks.is_first else None)
         assert choices is not None
@@ -144,9 +145,9 @@ class Settling:
         tried: list[float | None] = []
         chosen = shortlist[0]
         if len(shortlist) > 1:
-            losses = {number: measure(found[number]) for number in shortlist}
-            tried = [losses.get(number) for number in range(len(weighed))]
-            chosen = min(shortlist, key=losses.__getitem__)
+            measured = {number: measure(found[number]) for number in shortlist}
+            tried = [measured.get(number) for number in range(len(weighed))]
+            chosen = min(shortlist, key=measured.__getitem__)
         is_open = len(self._plans) > 1
         return dataclasses.replace(found[chosen], weighed=weighed if is_open else [], tried=tried)
 
@@ -155,7 +156,7 @@ class Settling:
         if found.weighed:
             groups, heads = self._attention_left(self._plans[found.chosen])
             layers = f" ({', '.join(map(str, found.removed))})" if found.removed else ""
-            trials = sum(loss is not None for loss in found.tried)
+            trials = sum(each is not None for each in found.tried)
             logger.info(
                 f"Of {len(found.weighed)} splits{f' ({trials} tried)' if trials else ''}, the one that removes "
                 f"{len(found.removed)} whole layers{layers} and leaves {groups} groups of {heads // groups} heads in "
