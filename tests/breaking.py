@@ -51,7 +51,7 @@ FAILURES = {
 PLACES = {
     # Module, function or Class.method, and which of its calls fails.
     "samples": ("optimum_comp.stages.chain", "save_file", 1),
-    "prune": ("optimum_comp.sweep.pruning", "PruningRun.leave", 3),
+    "prune": ("optimum_comp.sweep.pruning", "PruningRun._record", 3),
     "export": ("optimum_comp.onnx.export", "run_torch", 1),
     "quantize": ("optimum_comp.onnx.quantization", "_check_and_tidy", 1),
     "measure": ("optimum_comp.stages.chain", "evaluate_apart", 2),

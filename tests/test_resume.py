@@ -31,7 +31,8 @@ from optimum_comp.sweep.pruning import PruningRun
 from optimum_comp.utils import ROOT_LOGGER
 
 
-FIELDS = {"sparsity": 0.35, "num_samples": 8, "sequence_length": 32, "round_to": 8, "layer_fraction": 0.8}
+SHARES = {"layer_fraction": 0.8, "attention_fraction": 0.0}
+FIELDS = {"sparsity": 0.35, "num_samples": 8, "sequence_length": 32, "round_to": 8, **SHARES}
 CONFIG = CompConfig(**FIELDS)
 
 

@@ -838,6 +838,9 @@ class Trial(PruningRun):
     ) -> ActivationStore:
         return super()._made(f"trial-{name}", shape, dtype, folder)
 
+    def _record(self, place: int, report: LayerReport) -> None:
+        """Nothing is kept."""
+
     def _commit(self, index: int, at: _Layer, factors: Factors) -> None:
         """Instead, take the samples that are held out through what would be kept."""
         with (

@@ -198,17 +198,18 @@ class Settling:
         """Splits to try: the plainest, and the best of each kind that promises to be cheaper."""
         possible = {number: cost for number, cost in enumerate(weighed) if cost is not None}
         plainest = next(iter(possible))
-        best: dict[object, int] = {}
+        best: dict[str, int] = {}
         for number, cost in sorted(possible.items(), key=lambda each: each[1]):
+            plan = self._plans[number]
             if cost >= possible[plainest]:
                 break
-            plan = self._plans[number]
-            has_attention = bool(plan.units.keys() & {KV, HEADS})
-            best.setdefault((plan.layers > 0, has_attention), number)
-            # Layers cost more together than each by itself: half as many, too.
-            first = self._plans[best[plan.layers > 0, has_attention]]
-            if 0 < plan.layers <= first.layers // 2:
-                best.setdefault(("fewer layers", has_attention), number)
+            if plan.units.keys() & {KV, HEADS}:
+                best.setdefault("attention", number)
+            else:
+                first = self._plans[best.setdefault("layers", number)]
+                # Layers cost more together than each by itself.
+                if 0 < plan.layers <= first.layers // 2:
+                    best.setdefault("fewer layers", number)
         return [plainest, *best.values()]
 
     def _settled(
