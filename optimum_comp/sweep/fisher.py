@@ -138,7 +138,7 @@ def _gradient_of_loss(runner: LayerRunner, sample: Tensor, last: Tensor, generat
     A position's logits depend on no other position's hidden state there, so their gradients don't either.
     """
     # Logits, their chances and three gradients are there at once.
-    step = max(1, runner.positions_at_a_time // 8)
+    step = runner.positions_of_gradients
     parts = []
     for first in range(0, last.shape[1], step):
         part = slice(first, first + step)

@@ -20,6 +20,7 @@ from optimum_comp.families import FFN
 from optimum_comp.machine import free_memory
 from optimum_comp.sweep.fisher import FISHER_SAMPLES, STATE_DTYPE
 from optimum_comp.sweep.ranks import Ranks
+from optimum_comp.sweep.runner import positions_of_gradients
 from optimum_comp.sweep.scoring import LOSS_SAMPLES
 from optimum_comp.utils import format_bytes, parameter_count
 
@@ -333,7 +334,8 @@ def predict(work: Workload, plan: MemoryPlan, base: int) -> MemoryPlan:
         # What a layer's products, norms and activations keep for the way back, and rounded copies of its weights.
         back = work.length * work.compute * (30 * work.hidden + 10 * work.width) + work.layer_parameters * 2
         head = 0 if work.whole_model else work.head_parameters * work.compute
-        logits = 6 * 4 * min(work.length * work.vocabulary, max(work.vocabulary, 2**21))
+        positions = min(work.length, positions_of_gradients(work.hidden, work.vocabulary))
+        logits = 6 * 4 * positions * work.vocabulary
         passed = work.gradients * work.length * work.hidden * work.compute
         feeling = passed + max(layer + back + 2 * work.hidden**2 * 4, embedding + head + logits)
         if not in_files:

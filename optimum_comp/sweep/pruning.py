@@ -817,7 +817,7 @@ class Trial(PruningRun):
 
     def _divergence(self, sample: Tensor, dense: Tensor, left: Tensor) -> float:
         """Summed over a sample's tokens, from hidden states `[1, length, hidden]` that leave the last layer."""
-        total, step = 0.0, max(1, self._runner.positions_at_a_time // 8)
+        total, step = 0.0, self._runner.positions_of_gradients
         for first in range(0, sample.shape[1], step):
             part = slice(first, first + step)
             wanted, found = (

@@ -19,6 +19,19 @@ _LOGITS = 2**24
 """That are worked out at a time: with a vocabulary of 262 144, those of 512 positions would take 0.5 GB."""
 
 
+def positions_of_gradients(hidden: int, vocabulary: int) -> int:
+    """Positions of a sample whose logits may be there several times over, for gradients.
+
+    The head is read once for each such part, and with few positions that is all the time that it takes. The logits of
+    so many take about as much memory as the head does.
+
+    Args:
+        hidden: hidden size.
+        vocabulary: its size.
+    """
+    return max(1, _LOGITS // 8 // vocabulary, hidden // 8)
+
+
 class _StopForward(Exception):  # noqa: N818 - control flow, never an error that a user sees
     pass
 
@@ -177,6 +190,12 @@ class LayerRunner:
     def positions_at_a_time(self) -> int:
         """Of a sample, whose logits together don't take much memory."""
         return max(1, _LOGITS // self._model.config.vocab_size)
+
+    @property
+    def positions_of_gradients(self) -> int:
+        """Of a sample, whose logits may be there several times over; see `positions_of_gradients`."""
+        config = self._model.config
+        return positions_of_gradients(config.hidden_size, config.vocab_size)
 
     def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """What the model makes of hidden states `[batch, length, hidden]` that leave its last decoder layer.
