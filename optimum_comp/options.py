@@ -113,7 +113,7 @@ class NumberOrAuto(Number):
 
     def check(self, field: str, value: Any) -> Any:
         """See `Kind`."""
-        if value == AUTO and isinstance(value, str):
+        if isinstance(value, str) and value == AUTO:
             return AUTO
         try:
             return super().check(field, value)

@@ -247,7 +247,8 @@ def test_an_unfinished_run_can_be_begun_anew(models, tmp_path, monkeypatch):
 
 def test_time_ends_a_run(models, tmp_path):
     found = distilled(models, tmp_path / "out", time="3s", learning_rate=0.001)
-    assert found.steps >= 1 and 3 <= found.seconds < 30
+    # No step is begun that would end later.
+    assert found.steps >= 1 and 2.5 <= found.seconds < 30
 
 
 def test_the_best_checkpoint_is_kept(models, tmp_path):

@@ -542,8 +542,8 @@ def test_a_journal_that_no_run_has_written_is_refused(damage, attacked):
 @pytest.mark.parametrize(
     "data",
     [
-        *(b"", b"{", b"[]", b"null", b"\xff\xfe{}", b'{"format": 3', b'{"format": NaN}'),
-        *(b"[" * 100_000, b'{"a":' * 100_000, b'{"format": 3, "run": ' + b'{"a":' * 40 + b"1" + b"}" * 41),
+        *(b"", b"{", b"[]", b"null", b"\xff\xfe{}", b'{"format": 4', b'{"format": NaN}'),
+        *(b"[" * 100_000, b'{"a":' * 100_000, b'{"format": 4, "run": ' + b'{"a":' * 40 + b"1" + b"}" * 41),
     ],
 )
 def test_a_journal_that_is_not_even_json_is_refused(data, attacked):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 
@@ -232,24 +233,40 @@ class _Costs:
             return LayerCosts([0.0] * len(what.sizes), [0.0] * len(what.attention), 0.0 if what.layers else torch.inf)
         root, price = measured
         price /= self.tokens
+        # What moments that can't be inverted would have to tell isn't known, and so is kept.
         costs = LayerCosts([], [0.0] * len(what.attention))
         if self._bridge is not None:
-            if what.is_bridged and self._before is not None:
-                left = self._bridge.error(root, self._before.junction, self._before.gram, what.ridge)
-            else:
-                left = self._bridge.error(root)
-            costs.gone = price * left
+            with contextlib.suppress(torch.linalg.LinAlgError):
+                if what.is_bridged and self._before is not None:
+                    left = self._bridge.error(root, self._before.junction, self._before.gram, what.ridge)
+                else:
+                    left = self._bridge.error(root)
+                costs.gone = price * left
         if self._attention is not None:
             gram, weight = self._attention
             problem = self._problem(weight, gram, root)
             groups, heads = (self._units(name, weight.shape[1], gram.device) for name in (KV, HEADS))
             keeps = [(groups_left, heads_left // groups_left) for groups_left, heads_left in what.attention]
-            costs.attention = [price * cost for cost in units_removal_costs(problem, groups, heads, keeps)]
+            try:
+                costs.attention = [price * cost for cost in units_removal_costs(problem, groups, heads, keeps)]
+            except torch.linalg.LinAlgError:
+                costs.attention = [0.0 if kept == self._everything else torch.inf for kept in what.attention]
         # The next layer's bridge asks for this matrix once more.
         gram = self._gram.clone() if what.layers else self._gram
-        problem = self._problem(self._weight, gram, root)
-        costs.sizes = [price * cost for cost in removal_costs(problem, what.sizes)]
+        try:
+            found = removal_costs(self._problem(self._weight, gram, root), what.sizes)
+        except torch.linalg.LinAlgError as error:
+            path = f"{self._runner.source.family.layers}.{index}.{self._runner.source.family.ffn.consumer.path}"
+            raise ValueError(f"{path}: its moments can't be inverted; raise the ridge. ({error})") from error
+        costs.sizes = [price * cost for cost in found]
         return costs
+
+    @property
+    def _everything(self) -> tuple[int, int]:
+        """All groups and heads of a layer."""
+        source = self._runner.source
+        counts = source.family.counts(source.model.config, source.layers[0])
+        return counts[KV], counts[HEADS]
 
     def _problem(self, weight: Tensor, gram: Tensor, root: Tensor) -> Problem:
         form, ridge = self._what.form, self._what.ridge
