@@ -47,7 +47,7 @@ def _use(journal: Journal) -> None:
         journal.calibration,
         journal.reports,
         lambda: journal.opening(None, {}),
-        lambda: journal.go_on({**journal.run, "record": {"of": "another"}}, layers=4, removed=1),
+        lambda: journal.go_on({**journal.run, "record": {"of": "another"}}, layers=4, removed={1}),
     ):
         try:
             step()
