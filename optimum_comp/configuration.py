@@ -64,13 +64,12 @@ OPTIONS = {
     "layer_fraction": Option(
         NumberOrAuto("[0, 1]"),
         "Share of the sparsity that whole decoder layers take; neurons take the rest. auto: as many as cost less loss "
-        "than what else could go, to second order and bridged, no two of them neighbours; 0 if the metric doesn't say "
-        "what a unit costs.",
+        "than what else could go, bridged, no two of them neighbours, where allocation is adaptive; else 0.",
     ),
     "attention_fraction": Option(
         NumberOrAuto("[0, 1]"),
         "Share of the sparsity that attention takes, rounded down to whole key-value groups or query heads of every "
-        "group. auto: as many as cost less loss than what else could go.",
+        "group. auto: as many as cost less loss than what else could go, where allocation is adaptive; else 0.",
     ),
     "allocation": Option(
         Choice(ALLOCATIONS),
@@ -253,7 +252,7 @@ class CompConfig(BaseConfig):
 
     @property
     def fixed_layer_fraction(self) -> float | None:
-        """`layer_fraction`; `None` where it is to be found out, and the metric allows that."""
+        """`layer_fraction`; `None` where it is to be found out."""
         return self._fixed(self.layer_fraction)
 
     @property
@@ -264,7 +263,8 @@ class CompConfig(BaseConfig):
     def _fixed(self, fraction: float | str) -> float | None:
         if fraction != AUTO:
             return float(fraction)
-        return None if self.measures_loss else 0.0
+        # Only then is it worked out what neurons cost in each layer, which takes as long as pruning in wide ones.
+        return None if self.allocation == "adaptive" else 0.0
 
     @property
     def measures_loss(self) -> bool:

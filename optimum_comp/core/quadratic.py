@@ -145,10 +145,25 @@ def inverse(matrix: Tensor, *, overwrite: bool = False) -> Tensor:
     """
     if not overwrite or matrix.device.type != "cpu":
         return torch.cholesky_inverse(torch.linalg.cholesky(matrix))
+    columns = factor_in_place(matrix)
+    return torch.cholesky_inverse(columns, out=columns)
+
+
+def factor_in_place(matrix: Tensor) -> Tensor:
+    """Lower Cholesky factor of a symmetric positive definite matrix, in the matrix's own memory on a processor.
+
+    Args:
+        matrix: `[d, d]`, contiguous.
+
+    Raises:
+        torch.linalg.LinAlgError: it isn't positive definite (raise the ridge).
+    """
+    if matrix.device.type != "cpu":
+        return torch.linalg.cholesky(matrix)
     # LAPACK counts by columns: a transposed view of the symmetric matrix is one that it can work in.
     columns = matrix.T
     torch.linalg.cholesky(columns, out=columns)
-    return torch.cholesky_inverse(columns, out=columns)
+    return columns
 
 
 def collinearity(matrix: Tensor) -> Tensor:

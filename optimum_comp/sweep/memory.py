@@ -316,8 +316,8 @@ def predict(work: Workload, plan: MemoryPlan, base: int) -> MemoryPlan:
     # The weight, its target, the cross moment, a scaled copy of it, and the repaired weight.
     solving = matrices * gram + 5 * weight
     if work.weighs_layers:
-        # Both Gram matrices, that of the layer before regularised and factorised, and the bridge's moments.
-        observing = max(observing, layer + 4 * gram + 4 * weight)
+        # The Gram matrix of the layer before, which is factorised, this one's, and the bridge's moments.
+        observing = max(observing, layer + 2 * gram + 3 * weight + passing, 3 * gram + 6 * weight)
     # Attention is decided while its layer is at hand; its moments are copied for each axis.
     attention = 0
     if work.heads:

@@ -97,22 +97,19 @@ class Settling:
     ):
         self._plans, self._counts, self._neurons, self._kept = plans, counts, neurons, kept
         self._protected, self._ranks = protected, ranks
-        self._is_adaptive = config.allocation == "adaptive"
         self.weighs_layers = len({plan.layers for plan in plans}) > 1
-        uneven = self._is_adaptive and plans[0].width < neurons and len(kept) > 1
-        self.has_to_weigh = len(plans) > 1 or uneven
-        widths = [plan.width for plan in plans]
+        is_uneven = config.allocation == "adaptive" and plans[0].width < neurons and len(kept) > 1
+        self.has_to_weigh = len(plans) > 1 or is_uneven
         # A block at a time, as neurons go, but not less finely than in some thirty steps.
         block = min(config.elimination_block or neurons, neurons // 32)
         self._step = config.round_to * max(1, block // config.round_to)
-        self._grid = sizes_to_try(neurons, min(widths) // 2, self._step)
-        sizes = self._grid if self._is_adaptive else sorted({neurons, *self._grid, *widths}, reverse=True)
+        self._sizes = sizes_to_try(neurons, min(plan.width for plan in plans) // 2, self._step)
         attention = list(dict.fromkeys(map(self._attention_left, plans)))
         self.what = Weighing(
             form=config.resolved_neuron_metric,
             ridge=config.ridge,
             kept=kept,
-            sizes=sizes,
+            sizes=self._sizes,
             attention=attention if len(attention) > 1 else (),
             layers=self.weighs_layers,
             is_bridged=config.bridge,
@@ -176,22 +173,17 @@ class Settling:
         what, step = self.what, self._step
         most = max(plan.layers for plan in self._plans) if what.layers else 0
         gone = [torch.inf if index in self._protected else of.gone for index, of in zip(what.kept, costs, strict=True)]
-        knapsacks: dict[tuple[object, ...], Knapsack] = {}
+        # One program serves every number of layers.
+        knapsacks: dict[tuple[int, int], Knapsack] = {}
         choices = []
         for plan in self._plans:
             left, count = self._attention_left(plan), plan.layers if what.layers else 0
-            # With widths of their own, one program serves every number of layers.
-            sizes = self._grid if self._is_adaptive else [plan.width]
-            key = (left, tuple(sizes))
-            if key not in knapsacks:
-                at = [what.sizes.index(size) for size in sizes]
+            if left not in knapsacks:
                 more = [of.attention[what.attention.index(left)] if what.attention else 0.0 for of in costs]
-                sized = [[of.sizes[number] + extra for number in at] for of, extra in zip(costs, more, strict=True)]
-                weights = steps_of(sizes, step) if self._is_adaptive else [0]
-                room = len(costs) * (self._neurons // step) if self._is_adaptive else 0
-                knapsacks[key] = Knapsack(weights, sized, gone, most, room)
-            room = plan.width * (len(costs) - count) // step if self._is_adaptive else 0
-            choices.append(knapsacks[key].cheapest(count, room))
+                sized = [[cost + extra for cost in of.sizes] for of, extra in zip(costs, more, strict=True)]
+                room = len(costs) * (self._neurons // step)
+                knapsacks[left] = Knapsack(steps_of(self._sizes, step), sized, gone, most, room)
+            choices.append(knapsacks[left].cheapest(count, plan.width * (len(costs) - count) // step))
         return choices
 
     def _shortlist(self, weighed: Sequence[float | None]) -> list[int]:
@@ -221,12 +213,11 @@ class Settling:
         scores: list[float],
     ) -> Settled:
         assert choice is not None
-        what, plan = self.what, self._plans[number]
-        grid, width = self._grid, plan.width
+        what = self.what
         return Settled(
             number,
             [what.kept[place] for place in choice.removed] if what.layers else removed,
             [of.gone for of in costs] if what.layers else scores,
-            [grid[size] if self._is_adaptive else width for size in choice.numbers],
-            list(choice.costs) if self._is_adaptive else None,
+            [self._sizes[size] for size in choice.numbers],
+            list(choice.costs),
         )

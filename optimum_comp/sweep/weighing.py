@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from optimum_comp.core.gram import GramAccumulator, add_cross_moment, regularize
-from optimum_comp.core.quadratic import Problem, removal_costs, units_removal_costs
+from optimum_comp.core.gram import GramAccumulator, add_cross_moment, diagonal_shift
+from optimum_comp.core.quadratic import Problem, factor_in_place, removal_costs, units_removal_costs
 from optimum_comp.core.recovery import problem_of
 from optimum_comp.families import HEADS, KV
 from optimum_comp.families.spec import Axis
@@ -106,7 +106,7 @@ class _Bridge:
         Args:
             root: `R: [hidden, hidden]`.
             junction: of the layer before.
-            gram: second moments of `x`, each token weighed by `s²`, not regularised.
+            gram: second moments of `x`, each token weighed by `s²`, not regularised; overwritten.
             ridge: λ of `regularize`.
         """
         root = root.to(self.added)
@@ -114,10 +114,14 @@ class _Bridge:
         if gram is None or junction is None:
             return left
         target = self.moment / junction.multiplier if self.target is None else self.target
-        factor = torch.linalg.cholesky(regularize(gram, ridge))
+        shift = diagonal_shift(gram, ridge)
+        gram.diagonal().add_(shift)
+        factor = factor_in_place(gram)
         change = root @ torch.cholesky_solve(target.T, factor).T * junction.multiplier
         crossed = float(((root @ self.moment) * change).sum())
-        return max(0.0, left - 2 * crossed + float(((change @ gram) * change).sum()))
+        # `tr(D G Dᵀ)` from the factor of the regularised matrix.
+        made = float((change @ torch.tril(factor)).square().sum()) - shift * float(change.square().sum())
+        return max(0.0, left - 2 * crossed + made)
 
 
 @dataclasses.dataclass
