@@ -119,3 +119,12 @@ def test_where_gradients_overflow_neurons_take_all(monkeypatch):
         CompConfig(sparsity=0.2, **SIZE, **OPEN, **ADAPTIVE), tiny_blocks()
     )
     assert report.removed_layers == [] and report.weighed == [] and len(set(report.widths)) == 1
+
+
+def test_one_sample_can_not_be_fitted_and_measured_on():
+    model = idle_layer("llama", 2)
+    config = CompConfig(sparsity=0.27, num_samples=1, sequence_length=32, **OPEN, **ADAPTIVE)
+    report = CompPruner.from_pretrained(model).prune(config, tiny_blocks(1))
+    costs = [each["cost"] for each in report.weighed]
+    assert min(cost for cost in costs if cost is not None) < costs[0]
+    assert report.removed_layers == [] and {each["divergence"] for each in report.weighed} == {None}

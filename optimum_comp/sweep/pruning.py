@@ -438,7 +438,8 @@ class PruningRun:
                 costs = weigh(self._runner, self._batches, scratch, self.ranks, self._price, what, inputs)
             if inputs is not None:
                 inputs.close()
-            found = settling.choose(costs, removed, scores, self._try)
+            can_try = len(self._trial_samples[1]) >= self.ranks.size
+            found = settling.choose(costs, removed, scores, self._try if can_try else None)
             self._runner.embed_all(self._batches, scratch)
             if self._journal is not None:
                 self._journal.record(**found.entries())
@@ -454,9 +455,14 @@ class PruningRun:
 
     def _try(self, settled: Settled) -> float:
         """How far what is left is from the dense model, in nats a token, pruned and measured on different samples."""
-        stride = max(2, self._tokens.numel() // (TRIAL_TOKENS_PER_CHANNEL * self._neurons))
         with self.clock("trying"):
-            return Trial(self, settled, self._tokens[::stride], self._tokens[1::stride][:TRIAL_SAMPLES]).divergence()
+            return Trial(self, settled, *self._trial_samples).divergence()
+
+    @property
+    def _trial_samples(self) -> tuple[Tensor, Tensor]:
+        """Samples to prune with in a trial, never fewer than the others, and to measure on."""
+        stride = max(2, self._tokens.numel() // (TRIAL_TOKENS_PER_CHANNEL * self._neurons))
+        return self._tokens[::stride], self._tokens[1::stride][:TRIAL_SAMPLES]
 
     def _input_store(self, name: str) -> ActivationStore:
         # The consumer's product rounds them to this in any case.

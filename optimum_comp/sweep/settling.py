@@ -120,7 +120,7 @@ class Settling:
         costs: list[LayerCosts],
         removed: list[int],
         scores: list[float],
-        measure: Callable[[Settled], float],
+        measure: Callable[[Settled], float] | None,
     ) -> Settled:
         """The split that costs least.
 
@@ -132,16 +132,17 @@ class Settling:
             costs: of each layer in `what.kept`.
             removed: layers that go in any case.
             scores: every layer's, if some went by them.
-            measure: tries a split, and returns how far it leads from the dense model, in nats a token.
+            measure: tries a split, and returns how far it leads from the dense model, in nats a token; `None` if there
+                are too few samples for that: then nothing else is believed.
         """
         choices = self._ranks.from_first(self._choices(costs) if self._ranks.is_first else None)
         assert choices is not None
         weighed = [None if choice is None else choice.cost for choice in choices]
-        shortlist = self._shortlist(weighed)
+        shortlist = self._shortlist(weighed) if measure is not None else self._shortlist(weighed)[:1]
         found = {number: self._settled(number, choices[number], costs, removed, scores) for number in shortlist}
         tried: list[float | None] = []
         chosen = shortlist[0]
-        if len(shortlist) > 1:
+        if measure is not None and len(shortlist) > 1:
             measured = {number: measure(found[number]) for number in shortlist}
             tried = [measured.get(number) for number in range(len(weighed))]
             chosen = min(shortlist, key=measured.__getitem__)
