@@ -386,10 +386,10 @@ def _weighed_lines(budget: Mapping[str, Any]) -> list[str]:
     )
     lines = [_filled(told.format(len(possible)), 2)]
     rows = [("whole layers", "key-value groups", "query heads", "cost", "divergence")]
-    before = budget["units"]
+    known = budget["units"]
     ranked = sorted(possible, key=lambda each: (each["divergence"] is None, each["divergence"] or each["cost"]))
     for each in ranked[:_SPLITS]:
-        groups, heads = (str(each["units"].get(kind, "all")) if kind in before else "-" for kind in ("kv", "heads"))
+        groups, heads = (str(each["units"].get(kind, "all")) if kind in known else "-" for kind in ("kv", "heads"))
         tried = "" if each["divergence"] is None else f"{each['divergence']:.4f}"
         rows.append((str(each["layers"]), groups, heads, f"{each['cost']:.4f}", tried))
     return lines + [f"    {line}" for line in _aligned(rows)]

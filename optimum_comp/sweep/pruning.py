@@ -432,9 +432,9 @@ class PruningRun:
             self.config, self._plans, self._counts, self._neurons, self._kept_layers, self._protected, self.ranks
         )
         if settling.has_to_weigh and self._fisher is not None:
-            inputs = self._input_store("weighed") if settling.weighs_layers else None
+            what = settling.what
+            inputs = self._input_store("weighed") if what.layers else None
             with self.clock("weighing"):
-                what = settling.what
                 costs = weigh(self._runner, self._batches, scratch, self.ranks, self._price, what, inputs)
             if inputs is not None:
                 inputs.close()

@@ -95,9 +95,8 @@ class Settling:
         protected: set[int],
         ranks: Ranks,
     ):
-        self._plans, self._counts, self._neurons, self._kept = plans, counts, neurons, kept
+        self._plans, self._counts, self._neurons = plans, counts, neurons
         self._protected, self._ranks = protected, ranks
-        self.weighs_layers = len({plan.layers for plan in plans}) > 1
         is_uneven = config.allocation == "adaptive" and plans[0].width < neurons and len(kept) > 1
         self.has_to_weigh = len(plans) > 1 or is_uneven
         # A block at a time, as neurons go, but not less finely than in some thirty steps.
@@ -111,7 +110,7 @@ class Settling:
             kept=kept,
             sizes=self._sizes,
             attention=attention if len(attention) > 1 else (),
-            layers=self.weighs_layers,
+            layers=len({plan.layers for plan in plans}) > 1,
             is_bridged=config.bridge,
         )
 

@@ -150,6 +150,7 @@ class _Costs:
         self._runner, self._rows, self._states, self._ranks = runner, rows, states, ranks
         self._inputs, self._measure, self._what, self._progress = inputs, measure, what, progress
         self._kept = set(what.kept)
+        self._counts = runner.source.family.counts(runner.source.model.config, runner.source.layers[0])
         tokens = torch.tensor([float(sum(each.stop - each.start for each in rows) * states.shape[1])])
         ranks.sum_(tokens)
         self.tokens = float(tokens)
@@ -254,7 +255,8 @@ class _Costs:
             try:
                 costs.attention = [price * cost for cost in units_removal_costs(problem, groups, heads, keeps)]
             except torch.linalg.LinAlgError:
-                costs.attention = [0.0 if kept == self._everything else torch.inf for kept in what.attention]
+                everything = self._counts[KV], self._counts[HEADS]
+                costs.attention = [0.0 if kept == everything else torch.inf for kept in what.attention]
         # The next layer's bridge asks for this matrix once more.
         gram = self._gram.clone() if what.layers else self._gram
         try:
@@ -265,13 +267,6 @@ class _Costs:
         costs.sizes = [price * cost for cost in found]
         return costs
 
-    @property
-    def _everything(self) -> tuple[int, int]:
-        """All groups and heads of a layer."""
-        source = self._runner.source
-        counts = source.family.counts(source.model.config, source.layers[0])
-        return counts[KV], counts[HEADS]
-
     def _problem(self, weight: Tensor, gram: Tensor, root: Tensor) -> Problem:
         form, ridge = self._what.form, self._what.ridge
         problem = problem_of(form, weight.to(gram), gram, ridge, root=root.to(gram), overwrite=True)
@@ -279,8 +274,7 @@ class _Costs:
         return problem._replace(root=None) if form == "condition_mask" else problem
 
     def _units(self, axis: str, channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        source = self._runner.source
-        units = units_of(axis, source.family.counts(source.model.config, source.layers[0]), channels).to(device)
+        units = units_of(axis, self._counts, channels).to(device)
         return units.channels, units.classes
 
 
