@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -438,8 +439,12 @@ class PruningRun:
                 costs = weigh(self._runner, self._batches, scratch, self.ranks, self._price, what, inputs)
             if inputs is not None:
                 inputs.close()
-            can_try = len(self._trial_samples[1]) >= self.ranks.size
-            found = settling.choose(costs, removed, scores, self._try if can_try else None)
+            fitted, others = self._trial_samples
+            held_out = HeldOut(self, others)
+            can_try = len(others) >= self.ranks.size
+            measure = functools.partial(self._try, fitted, held_out)
+            found = settling.choose(costs, removed, scores, measure if can_try else None)
+            held_out.close()
             self._runner.embed_all(self._batches, scratch)
             if self._journal is not None:
                 self._journal.record(**found.entries())
@@ -453,10 +458,10 @@ class PruningRun:
             self._runner.embed_all(self._batches, scratch)
         return Settled(0, removed, scores, [plan.width] * (len(self.source.layers) - len(removed)))
 
-    def _try(self, settled: Settled) -> float:
+    def _try(self, fitted: Tensor, held_out: HeldOut, settled: Settled) -> float:
         """How far what is left is from the dense model, in nats a token, pruned and measured on different samples."""
         with self.clock("trying"):
-            return Trial(self, settled, *self._trial_samples).divergence()
+            return Trial(self, settled, fitted, held_out).divergence()
 
     @property
     def _trial_samples(self) -> tuple[Tensor, Tensor]:
@@ -770,6 +775,41 @@ class PruningRun:
         return _names_layer(f"{self.family.layers}.{index}.{path}")
 
 
+class HeldOut:
+    """Samples that trials measure on, and what the dense model makes of them, which is worked out once.
+
+    Args:
+        run: that has the trials.
+        samples: `[samples, length]`.
+    """
+
+    def __init__(self, run: PruningRun, samples: Tensor):
+        self._run = run
+        self.batches = run.ranks.batches(samples, run._plan.batch_size) if len(samples) else []
+        self.rows = rows_of(self.batches)
+        self.shape = sum(map(len, self.batches)), samples.shape[1], run._hidden
+        self._dense: ActivationStore | None = None
+
+    def store(self, run: PruningRun, name: str) -> ActivationStore:
+        """A place for their hidden states."""
+        return run._made(name, self.shape, run.source.state_dtype, None)
+
+    @property
+    def dense(self) -> ActivationStore:
+        """Hidden states behind the dense model's last layer."""
+        if self._dense is None:
+            run, self._dense = self._run, self.store(self._run, "held-out")
+            run._runner.embed_all(self.batches, self._dense)
+            through = _Through(run._runner, self.rows, self._dense, Stopwatch())
+            sweep(run.source, range(len(run.source.layers)), through)
+        return self._dense
+
+    def close(self) -> None:
+        """Let go of them."""
+        if self._dense is not None:
+            self._dense.close()
+
+
 class Trial(PruningRun):
     """A run over fewer samples that keeps nothing; what would be left is measured on others.
 
@@ -780,7 +820,7 @@ class Trial(PruningRun):
         held_out: samples to measure on.
     """
 
-    def __init__(self, run: PruningRun, settled: Settled, fitted: Tensor, held_out: Tensor):
+    def __init__(self, run: PruningRun, settled: Settled, fitted: Tensor, held_out: HeldOut):
         config = CompConfig(**{**run.config.fields(), "equalize": False})
         plans = [run._plans[settled.chosen]]
         super().__init__(
@@ -789,27 +829,21 @@ class Trial(PruningRun):
         self._doing = "Trying what goes"
         self._fisher = run._fisher
         self._given = dataclasses.replace(settled, chosen=0, weighed=[], tried=[])
-        self._held_out = self.ranks.batches(held_out, run._plan.batch_size) if len(held_out) else []
-        self._held_rows = rows_of(self._held_out)
-        shape = sum(map(len, self._held_out)), fitted.shape[1], self._hidden
-        self._others = self._made("others", shape, self.source.state_dtype, None)
+        self._held_out = held_out
+        self._others = held_out.store(self, "others")
 
     def divergence(self) -> float:
         """Mean over the tokens held out of the divergence of what is left from the dense model, in nats.
 
         It tells splits apart by far fewer tokens than the loss of the text's own next tokens would.
         """
-        dense = self._made("dense-others", self._others.shape, self._others.dtype, None)
+        held_out, dense = self._held_out, self._held_out.dense
         sums = torch.zeros(2, dtype=torch.float64)
         try:
-            self._runner.embed_all(self._held_out, self._others)
-            for rows in self._held_rows:
-                dense.write(rows, self._read(self._others, rows))
-            through = _Through(self._runner, self._held_rows, dense, self.clock)
-            sweep(self.source, range(len(self.source.layers)), through)
+            self._runner.embed_all(held_out.batches, self._others)
             self._run()
             with self.source.outside(head=True):
-                for rows, batch in zip(self._held_rows, self._held_out, strict=True):
+                for rows, batch in zip(held_out.rows, held_out.batches, strict=True):
                     for number, sample in enumerate(batch.to(self.source.device)):
                         at = slice(rows.start + number, rows.start + number + 1)
                         sums[0] += self._divergence(sample[None], self._read(dense, at), self._read(self._others, at))
@@ -854,7 +888,7 @@ class Trial(PruningRun):
             cut_meanwhile(self.family, self._model_config, layer, at.cuts),
             self.clock("forward"),
         ):
-            for rows in self._held_rows:
+            for rows in self._held_out.rows:
                 self._others.write(rows, self._runner.run(index, self._read(self._others, rows)))
 
 
