@@ -53,7 +53,7 @@ families: $(READY) $(READY5)  ## Write docs/families.md from what the contract t
 	COMP_WRITE_TABLE=1 COMP_TEST_WITHOUT_ONNX=1 $(VENV5)/bin/python -m pytest tests/test_contract.py
 
 test-slow: $(READY) models/smollm2/config.json  ## Run the tests on the real model
-	COMP_TEST_MODEL=models/smollm2 $(BIN)/python -m pytest -m slow
+	COMP_TEST_MODEL=models/smollm2 $(BIN)/python -m pytest -m slow -n $(JOBS) --dist loadfile
 
 test-arm64: $(READY) models/smollm2/config.json  ## Run quantized models on emulated 64-bit Arm cores (needs apt, no root)
 	COMP_TEST_MODEL=models/smollm2 $(BIN)/python -m pytest -m slow tests/test_arm64.py -rs -s
