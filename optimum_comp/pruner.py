@@ -336,7 +336,8 @@ class CompPruner:
         batch_size = batch_size or good_batch_size(config.sequence_length, self._source.device)
         # Said now if it can't fit, and once more with what libraries take that are loaded by then.
         is_written = unfinished is None and self._ranks.is_first and is_self(calibration)
-        first = plan_memory(work, batch_size, limit, writing_of(self._source, config) if is_written else None)
+        writing = writing_of(self._source, self.tokenizer, config) if is_written else None
+        first = plan_memory(work, batch_size, limit, writing)
         started = time.perf_counter()
         fingerprint = self._ranks.from_first(self._source.check() if self._ranks.is_first else "")
         samples = self._samples(config, calibration, text_column, unfinished, first.written_together)
@@ -424,7 +425,8 @@ class CompPruner:
             work = workload_of(self._source, config, self.plans(config), self._ranks)
             limit = None if max_memory is None else parse_bytes(max_memory)
             batch_size = good_batch_size(config.sequence_length, self._source.device)
-            together = plan_memory(work, batch_size, limit, writing_of(self._source, config)).written_together
+            writing = writing_of(self._source, self.tokenizer, config)
+            together = plan_memory(work, batch_size, limit, writing).written_together
         return self._made_samples(config, calibration, text_column, together)
 
     def _made_samples(

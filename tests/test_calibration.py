@@ -180,8 +180,22 @@ def test_self_calibration_is_repeatable_and_leaves_the_global_seed_alone():
     assert first.tokens.shape == (4, 32) and first.source == "self"
     assert torch.equal(first.tokens, prepare("self", model=model, seed=1).tokens)
     assert not torch.equal(first.tokens, prepare("self", model=model, seed=2).tokens)
-    end = model.generation_config.eos_token_id
-    assert not bool((first.tokens == end).any())
+
+
+def test_a_model_without_a_chat_template_writes_full_blocks_from_nothing():
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    tokenizer.chat_template = None
+    first = prepare("self", model=model, tokenizer=tokenizer, seed=1)
+    assert first.tokens.shape == (4, 32)
+    assert not bool((first.tokens == model.generation_config.eos_token_id).any())
+    assert not torch.equal(first.tokens, prepare("self", model=model, tokenizer=tokenizer, seed=2).tokens)
+
+
+def test_a_chat_model_answers_requests_for_its_calibration():
+    """The requests are there, in the template's words."""
+    blocks = prepare("self", model=tiny_model("llama"), tokenizer=tiny_tokenizer()).tokens
+    said = tiny_tokenizer().decode(blocks.flatten())
+    assert any(word in said for word in ("Write", "Explain", "Give", "Answer", "Tell"))
 
 
 def test_self_calibration_seeds_no_other_device():

@@ -24,6 +24,8 @@ from optimum_comp.compress import compress  # noqa: E402
 from optimum_comp.compress import run as run_recipe  # noqa: E402
 from optimum_comp.evaluation import Settings  # noqa: E402
 from optimum_comp.onnx.search import Budget  # noqa: E402
+from optimum_comp.stages.chain import Chain  # noqa: E402
+from optimum_comp.stages.prune import Prune, Running  # noqa: E402
 from optimum_comp.stages.recipe import Recipe  # noqa: E402
 
 
@@ -254,6 +256,46 @@ def test_a_recipe_in_the_output_repeats_the_run(made, undisturbed, tmp_path):
     run_recipe(recipe, tmp_path / "again")
     require_complete(tmp_path / "again", undisturbed)
     assert Recipe.read(tmp_path / "again" / "comp_recipe.yaml").to_dict() == recipe.to_dict()
+
+
+def prune_stage(made, source, tmp_path, **settings):
+    """The stage that prunes, as a chain has it."""
+    told = recipe_of(made, **settings)
+    if source is not None:
+        told["stages"][0]["prune"]["calibration"] = source
+    return Chain(Recipe.from_dict(told), tmp_path / "out").stages[0]
+
+
+def test_a_chat_model_is_calibrated_on_answers_too(made, undisturbed, tmp_path):
+    text = str(made / "text.txt")
+    assert prune_stage(made, None, tmp_path).calibration == f"{text}:0.8,self:0.2"
+    assert prune_stage(made, f"{text}:0.5,pydoc:0.5", tmp_path).calibration == f"{text}:0.4,pydoc:0.4,self:0.2"
+    assert prune_stage(made, None, tmp_path, answers=0.5).calibration == f"{text}:0.5,self:0.5"
+    # Asked not to, or done already, or of so few samples that none would be an answer.
+    assert prune_stage(made, None, tmp_path, answers=0).calibration == text
+    assert prune_stage(made, f"{text}:0.9,self:0.1", tmp_path).calibration == f"{text}:0.9,self:0.1"
+    assert prune_stage(made, None, tmp_path, num_samples=2).calibration == text
+    told = json.loads((undisturbed / "pruned" / "comp_report.json").read_text())["calibration"]
+    assert told["source"] == "text.txt 80%, self 20%" and told["num_samples"] == 8
+
+
+def test_answers_that_cannot_be_had_are_refused_in_words(made, tmp_path):
+    with pytest.raises(ValueError, match=r"answers=1.5 is not valid"):
+        prune_stage(made, None, tmp_path, answers=1.5)
+    with pytest.raises(ValueError, match="leaves 'self' none; take more samples"):
+        prune_stage(made, None, tmp_path, answers=0.01)
+    stage = Prune(CompConfig(), Running(answers=0.5), tiny_blocks(8, 32))
+    with pytest.raises(ValueError, match="put them among the samples yourself"):
+        stage.with_answers(0.0)
+
+
+def test_what_is_no_chat_model_or_is_not_exported_writes_no_answers(made, tmp_path):
+    model = shutil.copytree(made / "model", tmp_path / "model")
+    (model / "chat_template.jinja").unlink()
+    told = recipe_of(made)
+    for recipe in ({**told, "model": str(model)}, {**told, "stages": told["stages"][:1]}):
+        stage = Chain(Recipe.from_dict(recipe), tmp_path / "out").stages[0]
+        assert stage.calibration == told["stages"][0]["prune"]["calibration"]
 
 
 def test_samples_that_only_memory_holds_are_kept_for_the_resume(made, tmp_path, monkeypatch):

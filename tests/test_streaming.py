@@ -382,7 +382,7 @@ def test_text_that_the_model_writes_is_part_of_what_is_planned(tiny_folder):
     pruner = CompPruner.from_pretrained(tiny_folder)
     config = CompConfig(**{**CONFIG, "num_samples": 64, "sequence_length": 1024})
     work = workload_of(pruner._source, config, pruner.plans(config), pruner._ranks)
-    writing = writing_of(pruner._source, config)
+    writing = writing_of(pruner._source, None, config)
     assert writing.model == 4 * sum(parameter.numel() for parameter in pruner._source.model.parameters())
     # Keys and values of four layers, two heads of 16 each.
     assert writing.sample > 2 * 4 * 2 * 16 * 1024 * 4
@@ -392,8 +392,11 @@ def test_text_that_the_model_writes_is_part_of_what_is_planned(tiny_folder):
     base = free.peak_bytes - writing.peak(64)
     fewer = plan_memory(work, 1, base + writing.peak(20), writing)
     assert fewer.written_together == 16
+    # An answer has a request in front of it, which is in the cache, too.
+    talking = writing_of(pruner._source, tiny_tokenizer(), config)
+    assert writing.sample < talking.sample < 2 * writing.sample
     # In a model that is in memory already, the cache and the logits are left.
-    assert writing_of(CompPruner.from_pretrained(tiny_model("llama"))._source, config).model == 0
+    assert writing_of(CompPruner.from_pretrained(tiny_model("llama"))._source, None, config).model == 0
 
 
 def test_a_model_that_does_not_fit_writes_no_text(tiny_folder, tmp_path):

@@ -76,6 +76,19 @@ def shared(parts: Sequence[Part]) -> tuple[Part, ...]:
     return tuple(Part(part.source, part.share / whole) for part in parts)
 
 
+def with_another(source: str, other: str, share: float) -> str:
+    """A mix in which another source has a share beside what there was.
+
+    Args:
+        source: one source, or a mix.
+        other: what isn't in it yet.
+        share: of all samples, in (0, 1).
+    """
+    parts = parts_of(source) or (Part(source, 1.0),)
+    left = (f"{part.source}:{(1 - share) * part.share:.6g}" for part in parts)
+    return ",".join([*left, f"{other}:{share:.6g}"])
+
+
 def _require_different(parts: Sequence[Part], source: object) -> None:
     names = [part.source for part in parts]
     for name in names:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -26,6 +27,50 @@ _TOP_P = 0.95
 _TEMPERATURE = 1.0
 _EPSILON = 1e-3
 """Tokens less likely than that aren't drawn (Hewitt et al., arXiv 2210.15191)."""
+
+
+def write_self(
+    model: Any,
+    tokenizer: Any,
+    num_samples: int,
+    sequence_length: int,
+    seed: int,
+    *,
+    start: Sequence[int] = (),
+    together: int | None = None,
+) -> Tensor:
+    """The model's own text: of a chat model, answers to requests of many kinds, else what it writes from nothing.
+
+    Args:
+        model: a causal language model of transformers.
+        tokenizer: its tokenizer, or `None`.
+        num_samples: blocks.
+        sequence_length: tokens of a block.
+        seed: of the sampling; the global random state is left as it was.
+        start: tokens that texts begin with, where it writes from nothing.
+        together: samples written side by side; another number writes another text. As many as are best if `None`.
+
+    Returns:
+        `[num_samples, sequence_length]`, int64.
+    """
+    if is_chat(tokenizer):
+        return converse(model, tokenizer, num_samples, sequence_length, seed, together=together)
+    return write_text(model, tokenizer, num_samples, sequence_length, seed, start=start, together=together)
+
+
+def is_chat(tokenizer: Any) -> bool:
+    """Whether a tokenizer says how to talk with its model."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def longest_written(tokenizer: Any, sequence_length: int) -> int:
+    """Tokens in the cache at most while a sample is written: an answer may be as long, and has a request before it.
+
+    Args:
+        tokenizer: the model's.
+        sequence_length: tokens of a sample.
+    """
+    return 2 * sequence_length if is_chat(tokenizer) else sequence_length
 
 
 @torch.no_grad()
@@ -129,10 +174,13 @@ def converse(
     asked = prompts(seed)
     written: list[Tensor] = []
     with seeded(seed, model.device):
-        together = together or side_by_side(model.config, model.dtype.itemsize, 2 * sequence_length)
+        most = side_by_side(model.config, model.dtype.itemsize, longest_written(tokenizer, sequence_length))
+        together = together or min(most, num_samples)
         with tqdm(total=needed, desc="Writing calibration text", unit="tok", disable=progress_disabled()) as progress:
             while needed > 0:
-                requests = [_request(tokenizer, next(asked)) for _ in range(together)]
+                # The last ones wait for the slowest, so no more are asked than will do.
+                usual = sum(map(len, written)) / len(written) if written else sequence_length
+                requests = [_request(tokenizer, next(asked)) for _ in range(min(together, math.ceil(needed / usual)))]
                 longest = max(map(len, requests))
                 ids = torch.tensor([[0] * (longest - len(each)) + each for each in requests], device=model.device)
                 there = torch.tensor([[0] * (longest - len(each)) + [1] * len(each) for each in requests])

@@ -145,10 +145,10 @@ def _written(
     model: nn.Module, tokenizer: Any, count: int, sequence_length: int, seed: int, together: int | None
 ) -> Tensor:
     """Text that the model writes, `[count, sequence_length]`."""
-    from optimum_comp.calibration.self_written import write_text
+    from optimum_comp.calibration.self_written import write_self
 
     start = [] if tokenizer is None else start_tokens(tokenizer)
-    return write_text(model, tokenizer, count, sequence_length, seed, start=start, together=together)
+    return write_self(model, tokenizer, count, sequence_length, seed, start=start, together=together)
 
 
 def is_self(source: Any) -> bool:

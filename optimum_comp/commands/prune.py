@@ -47,7 +47,7 @@ class PruneCommand(CompSubcommand):
 
         args = self.args
         unfinished, is_complete = find_run(args.output) if args.resume else (None, False)
-        stage = Prune.from_settings(**pruning_settings(args))
+        stage = Prune.from_settings(**pruning_settings(args)).with_answers(0.0)
         model, device, loading = args.model, stage.running.device, loading_arguments(args)
         config = None if unfinished is not None and not is_configured(args) else stage.config
         if unfinished is not None:

@@ -21,7 +21,7 @@ from transformers.utils import is_peft_available
 
 from optimum_comp.beginning import Beginning, decide, losses_of_model
 from optimum_comp.calibration.mix import Part
-from optimum_comp.calibration.self_written import converse, write_text
+from optimum_comp.calibration.self_written import write_self
 from optimum_comp.calibration.text import SELF
 from optimum_comp.chain_memory import BASE_BYTES, DISTIL, available_memory, require_memory
 from optimum_comp.checkpoint.opening import GENERATION_CONFIG, find_device, open_config, trusted
@@ -617,10 +617,7 @@ class _Run:
             return load_file(path)["tokens"]
         samples = max(2, -(-settings.written_tokens // settings.sequence_length))
         shape = (samples, settings.sequence_length, settings.seed)
-        if tokenizer.chat_template:
-            made = converse(teacher, tokenizer, *shape, together=min(_TOGETHER, samples))
-        else:
-            made = write_text(teacher, tokenizer, *shape, together=min(_TOGETHER, samples))
+        made = write_self(teacher, tokenizer, *shape, together=min(_TOGETHER, samples))
         with durably(path) as partial:
             save_file({"tokens": made.contiguous()}, partial)
         return made

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from optimum_comp.beginning import Beginning
 from optimum_comp.calibration.mix import parts_of
+from optimum_comp.calibration.self_written import is_chat
 from optimum_comp.calibration.text import PYDOC, SELF, Calibration, CalibrationSource, is_self, read_beginning
 from optimum_comp.chain_memory import (
     EVALUATE,
@@ -32,6 +33,7 @@ from optimum_comp.chain_memory import (
 )
 from optimum_comp.checkpoint.opening import open_config
 from optimum_comp.checkpoint.reader import resolve_folder, weight_files
+from optimum_comp.checkpoint.tokenizer import open_tokenizer
 from optimum_comp.configuration import CompConfig
 from optimum_comp.evaluation import Evaluation, Settings, count_parameters, evaluate_apart, weight_bytes
 from optimum_comp.files import (
@@ -66,7 +68,7 @@ from optimum_comp.stages.base import (
 )
 from optimum_comp.stages.distil import Distil
 from optimum_comp.stages.export import Export
-from optimum_comp.stages.prune import Prune
+from optimum_comp.stages.prune import ANSWERS, Prune
 from optimum_comp.stages.quantize import HELD_OUT, Quantize, SampleSettings
 from optimum_comp.stages.recipe import LOADING, Recipe
 from optimum_comp.stages.vocabulary import Vocabulary
@@ -178,7 +180,7 @@ class Chain:
         self.model = recipe.model
         self.output, self.max_memory, self.overwrite = Path(output), max_memory, overwrite
         self.loading = {**recipe.loading, **(loading or {})}
-        self.stages = _resolved(recipe.stages, calibration)
+        self.stages = _resolved(recipe.stages, calibration, answers=ANSWERS if self._exports_chat(recipe) else 0.0)
         local = str(Path(self.model).resolve()) if Path(self.model).exists() else self.model
         found = plain_arguments({name: value for name, value in self.loading.items() if name in LOADING})
         self.measure = recipe.measure
@@ -190,6 +192,17 @@ class Chain:
         self._pruner: CompPruner | None = None
         self._outcome = Outcome()
         self._done: list[str] = []
+
+    def _exports_chat(self, recipe: Recipe) -> bool:
+        """Whether a chat model is pruned and exported; exporting holds the whole model, as writing answers does."""
+        prune = next((stage for stage in recipe.stages if isinstance(stage, Prune)), None)
+        if prune is None or not any(isinstance(stage, Export) for stage in recipe.stages):
+            return False
+        try:
+            return is_chat(open_tokenizer(self.model, lookup_arguments(self.loading)))
+        except (OSError, ValueError):
+            # What is wrong with the model is said where it is opened.
+            return False
 
     @property
     def pruner(self) -> CompPruner:
@@ -644,8 +657,14 @@ _OTHERWISE = (
 )
 
 
-def _resolved(stages: Sequence[Stage], calibration: CalibrationSource | None) -> tuple[Stage, ...]:
-    """The stages with what some decide for others, and with samples that only memory holds."""
+def _resolved(stages: Sequence[Stage], calibration: CalibrationSource | None, *, answers: float) -> tuple[Stage, ...]:
+    """The stages with what some decide for others, and with samples that only memory holds.
+
+    Args:
+        stages: as a recipe has them.
+        calibration: in place of what it says.
+        answers: share of the samples that the model's answers are where nothing is said.
+    """
     quantize = next((stage for stage in stages if isinstance(stage, Quantize)), None)
     source: CalibrationSource | None = None
     column: str | None = None
@@ -662,6 +681,7 @@ def _resolved(stages: Sequence[Stage], calibration: CalibrationSource | None) ->
                 stage = stage.equalized(quantize.settings.suits_equalization)
             if any(isinstance(each, Export) for each in stages):
                 stage = stage.for_export()
+            stage = stage.with_answers(answers)
             source, column = stage.calibration, stage.running.text_column
         if isinstance(stage, Distil):
             if quantize is not None and quantize.samples is not None:

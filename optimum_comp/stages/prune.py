@@ -6,11 +6,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from optimum_comp.calibration.text import CalibrationSource
+from optimum_comp.calibration.mix import counts_of, parts_of, with_another
+from optimum_comp.calibration.text import SELF, CalibrationSource, is_self
 from optimum_comp.checkpoint.source import MATMUL_DTYPES
 from optimum_comp.configuration import DEFAULTS, FIELDS, OPTIONS, PRESETS, CompConfig
 from optimum_comp.files import JOURNAL
-from optimum_comp.options import Choice, Integer, Option, Text, column_option, option, options_of, settings_class
+from optimum_comp.options import (
+    Choice,
+    Integer,
+    Number,
+    Option,
+    Text,
+    column_option,
+    option,
+    options_of,
+    settings_class,
+)
 from optimum_comp.stages.base import (
     CHECKPOINT,
     DENSE,
@@ -21,6 +32,10 @@ from optimum_comp.stages.base import (
     written_source,
 )
 from optimum_comp.sweep.journal import Journal
+
+
+ANSWERS = 0.2
+"""Share of the samples that a chat model's own answers are where a chain decides."""
 
 
 @settings_class
@@ -34,6 +49,14 @@ class Running:
         default=None,
         default_text="self",
         metavar="FILE|DATASET|self",
+    )
+    answers: float | None = option(
+        Number("[0, 1)"),
+        "Share of the samples that are a chat model's answers to requests of many kinds, which it writes first, where "
+        "the calibration text is a file or a dataset's name; 0 for none.",
+        optional=True,
+        default=None,
+        default_text=f"{ANSWERS:g} where a chat model is exported, else 0",
     )
     text_column: str | None = column_option()
     batch_size: int | None = option(
@@ -106,6 +129,35 @@ class Prune(Stage):
         running = {name: getattr(self.running, name) for name in options_of(Running)}
         running = {name: value for name, value in running.items() if value is not None}
         return {**self.config.fields(), **running, "calibration": written_source(self.calibration)}
+
+    def with_answers(self, share: float) -> Prune:
+        """The same with answers among the samples, unless there are some, or so few samples that none would be one.
+
+        Args:
+            share: of the samples, where the user says nothing.
+
+        Raises:
+            ValueError: the user wants some beside samples that are in memory, or of too few.
+        """
+        asked = self.running.answers
+        share, source = share if asked is None else asked, self.calibration
+        if not share or is_self(source):
+            return self
+        if not isinstance(source, (str, Path)) or str(source).startswith(IN_MEMORY):
+            if asked is None:
+                return self
+            raise ValueError(
+                f"answers={asked:g} goes with a calibration file or a dataset's name; put them among the samples "
+                "yourself, or leave answers away."
+            )
+        mixed = with_another(str(source), SELF, share)
+        try:
+            counts_of(parts_of(mixed), self.config.num_samples)
+        except ValueError:
+            if asked is None:
+                return self
+            raise
+        return Prune(self.config, self.running, mixed, is_equalized=self.is_equalized)
 
     def equalized(self, value: bool) -> Prune:
         """The same, with or without equalization."""

@@ -7,12 +7,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 
 from optimum_comp.beginning import LONGEST
-from optimum_comp.calibration.self_written import sample_bytes, side_by_side
+from optimum_comp.calibration.self_written import longest_written, sample_bytes, side_by_side
 from optimum_comp.checkpoint.source import ModelSource, StreamedModel
 from optimum_comp.configuration import CompConfig
 from optimum_comp.core.allocation import Allocation
@@ -149,14 +150,16 @@ class Writing:
         return _SLACK + self.model + max(self.reading, together * self.sample)
 
 
-def writing_of(source: ModelSource, config: CompConfig) -> Writing:
+def writing_of(source: ModelSource, tokenizer: Any, config: CompConfig) -> Writing:
     """The sizes of what a model's own calibration text takes.
 
     Args:
         source: the dense model.
+        tokenizer: its tokenizer, or `None`.
         config: how many samples, and how long.
     """
     model, compute, length = source.model, source.compute_dtype.itemsize, config.sequence_length
+    written = longest_written(tokenizer, length)
     whole = 0
     if isinstance(source, StreamedModel):
         # Files of another dtype are mapped into memory while they are widened.
@@ -164,13 +167,13 @@ def writing_of(source: ModelSource, config: CompConfig) -> Writing:
         whole = parameter_count(model) * compute
         whole += stored if stored != whole else 0
     if source.device.type != "cpu":
-        return Writing(whole, 0, 0, side_by_side(model.config, compute, length))
+        return Writing(whole, 0, 0, side_by_side(model.config, compute, written))
     return Writing(
         whole,
         # In the model's dtype, in float32, and their logarithms.
         min(length, LONGEST) * model.config.vocab_size * (compute + 8),
-        sample_bytes(model.config, compute, length),
-        min(config.num_samples, side_by_side(model.config, compute, length)),
+        sample_bytes(model.config, compute, written),
+        min(config.num_samples, side_by_side(model.config, compute, written)),
     )
 
 
