@@ -188,6 +188,7 @@ def compress(
     *,
     config: CompConfig,
     calibration: CalibrationSource | None = None,
+    answers: float | None = None,
     text_column: str | None = None,
     batch_size: int | None = None,
     max_memory: str | int | None = None,
@@ -211,6 +212,7 @@ def compress(
         output: see `run`.
         config: how to prune.
         calibration: see `CompPruner.prune`.
+        answers: share of the samples that a chat model answers itself; `None` for a fifth, where a text calibrates.
         text_column: column of a dataset that holds text.
         batch_size: samples that go through a layer at a time.
         max_memory: see `run`.
@@ -240,7 +242,7 @@ def compress(
         max_perplexity_increase=None if budget is None else budget.perplexity_increase,
         max_size=None if budget is None else budget.size,
     )
-    running = Running(text_column=text_column, batch_size=batch_size, matmul_dtype=matmul_dtype)
+    running = Running(answers=answers, text_column=text_column, batch_size=batch_size, matmul_dtype=matmul_dtype)
     stages: list[Stage] = [Prune(config, running, calibration, is_equalized=config.equalize)]
     if vocabulary is not None:
         stages.insert(0, Vocabulary(vocabulary))

@@ -52,8 +52,8 @@ class Running:
     )
     answers: float | None = option(
         Number("[0, 1)"),
-        "Share of the samples that are a chat model's answers to requests of many kinds, which it writes first, where "
-        "the calibration text is a file or a dataset's name; 0 for none.",
+        "Share of the samples that are a chat model's answers to requests of many kinds, which it writes first (other "
+        "models: what they write from nothing), where the calibration text is a file or a dataset's name; 0 for none.",
         optional=True,
         default=None,
         default_text=f"{ANSWERS:g} where a chat model is exported, else 0",
