@@ -76,8 +76,8 @@ def shared(parts: Sequence[Part]) -> tuple[Part, ...]:
     return tuple(Part(part.source, part.share / whole) for part in parts)
 
 
-def with_another(source: str, other: str, share: float) -> str:
-    """A mix in which another source has a share beside what there was.
+def with_another(source: str, other: str, share: float) -> list[str]:
+    """The parts, as they are written, of a mix in which another source has a share beside what there was.
 
     Args:
         source: one source, or a mix.
@@ -86,7 +86,7 @@ def with_another(source: str, other: str, share: float) -> str:
     """
     parts = parts_of(source) or (Part(source, 1.0),)
     left = (f"{part.source}:{(1 - share) * part.share:.6g}" for part in parts)
-    return ",".join([*left, f"{other}:{share:.6g}"])
+    return [*left, f"{other}:{share:.6g}"]
 
 
 def _require_different(parts: Sequence[Part], source: object) -> None:

@@ -153,6 +153,10 @@ def recorded_key(folder: Path) -> str | None:
     return key if isinstance(key, str) else None
 
 
+ANSWERS = 0.2
+"""Share of a text that the dense model writes itself, where a chain decides: answers, if it is a chat model."""
+
+
 def source_identity(source: CalibrationSource | Calibration | None) -> Any:
     """What tells a calibration source from another; of a file, its content, and not where it is."""
     if source is None:

@@ -53,6 +53,7 @@ from optimum_comp.onnx.search import BudgetError
 from optimum_comp.pruner import CompPruner
 from optimum_comp.report.run import CompReport
 from optimum_comp.stages.base import (
+    ANSWERS,
     BUNDLE,
     CHECKPOINT,
     DENSE,
@@ -68,7 +69,7 @@ from optimum_comp.stages.base import (
 )
 from optimum_comp.stages.distil import Distil
 from optimum_comp.stages.export import Export
-from optimum_comp.stages.prune import ANSWERS, Prune
+from optimum_comp.stages.prune import Prune
 from optimum_comp.stages.quantize import HELD_OUT, Quantize, SampleSettings
 from optimum_comp.stages.recipe import LOADING, Recipe
 from optimum_comp.stages.vocabulary import Vocabulary
@@ -197,6 +198,9 @@ class Chain:
         """Whether a chat model is pruned and exported; exporting holds the whole model, as writing answers does."""
         prune = next((stage for stage in recipe.stages if isinstance(stage, Prune)), None)
         if prune is None or not any(isinstance(stage, Export) for stage in recipe.stages):
+            return False
+        if prune.running.answers is not None:
+            # The user has decided: no tokenizer need be opened for it.
             return False
         try:
             return is_chat(open_tokenizer(self.model, lookup_arguments(self.loading)))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from optimum_comp.calibration.mix import IN_MEMORY, parts_of, weighed
+from optimum_comp.calibration.mix import IN_MEMORY, parts_of, weighed, with_another
 from optimum_comp.calibration.text import PYDOC, SELF, CalibrationSource, is_self, read_beginning
 from optimum_comp.checkpoint.opening import find_device, open_config
 from optimum_comp.checkpoint.reader import weight_files
@@ -18,15 +18,13 @@ from optimum_comp.distillation.settings import DistilSettings
 from optimum_comp.distillation.texts import sources_of
 from optimum_comp.files import file_digest
 from optimum_comp.options import Option, Text, options_of
-from optimum_comp.stages.base import CHECKPOINT, DENSE, Artifact, Stage, source_identity, written_source
+from optimum_comp.stages.base import ANSWERS, CHECKPOINT, DENSE, Artifact, Stage, source_identity, written_source
 from optimum_comp.utils import lookup_arguments
 
 
 DISTIL = "distil"
 _SAMPLES = "calibration samples"
 """Name of text that only memory holds; the samples that were taken of it are kept."""
-_WRITTEN = 0.2
-"""Share of the text that the teacher writes where a chain decides."""
 
 TEACHER = Option(
     Text("a folder or hub id"),
@@ -178,10 +176,10 @@ def _with_written(calibration: str) -> list[str]:
     """A source or a mix, and a fifth that the teacher writes, unless it writes some of it anyway."""
     parts = parts_of(calibration)
     if not parts:
-        return [calibration, f"{SELF}:{_WRITTEN / (1 - _WRITTEN):g}"]
+        return [calibration, f"{SELF}:{ANSWERS / (1 - ANSWERS):g}"]
     if any(part.source == SELF for part in parts):
         return [calibration]
-    return [*(f"{part.source}:{(1 - _WRITTEN) * part.share:.6g}" for part in parts), f"{SELF}:{_WRITTEN:g}"]
+    return with_another(calibration, SELF, ANSWERS)
 
 
 def _written(text: str) -> str:

@@ -23,6 +23,7 @@ from optimum_comp.options import (
     settings_class,
 )
 from optimum_comp.stages.base import (
+    ANSWERS,
     CHECKPOINT,
     DENSE,
     IN_MEMORY,
@@ -32,10 +33,6 @@ from optimum_comp.stages.base import (
     written_source,
 )
 from optimum_comp.sweep.journal import Journal
-
-
-ANSWERS = 0.2
-"""Share of the samples that a chat model's own answers are where a chain decides."""
 
 
 @settings_class
@@ -150,7 +147,7 @@ class Prune(Stage):
                 f"answers={asked:g} goes with a calibration file or a dataset's name; put them among the samples "
                 "yourself, or leave answers away."
             )
-        mixed = with_another(str(source), SELF, share)
+        mixed = ",".join(with_another(str(source), SELF, share))
         try:
             counts_of(parts_of(mixed), self.config.num_samples)
         except ValueError:

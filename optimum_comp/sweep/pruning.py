@@ -837,9 +837,9 @@ class Trial(PruningRun):
 
         It tells splits apart by far fewer tokens than the loss of the text's own next tokens would.
         """
-        held_out, dense = self._held_out, self._held_out.dense
-        sums = torch.zeros(2, dtype=torch.float64)
+        held_out, sums = self._held_out, torch.zeros(2, dtype=torch.float64)
         try:
+            dense = held_out.dense
             self._runner.embed_all(held_out.batches, self._others)
             self._run()
             with self.source.outside(head=True):
