@@ -620,6 +620,22 @@ def test_more_time_can_be_given_to_a_chain_that_was_interrupted(models, tmp_path
     assert "text" not in Recipe.from_text(written).to_dict()["stages"][1]["distil"]
 
 
+@pytest.mark.parametrize(
+    ("calibration", "text"),
+    [
+        ("pydoc", ["pydoc", "self:0.25"]),
+        ("pydoc:3,novel:1", ["pydoc:0.6", "novel:0.2", "self:0.2"]),
+        ("pydoc:0.9,self:0.1", ["pydoc:0.9,self:0.1"]),
+        ("self", None),
+        (None, None),
+    ],
+)
+def test_a_chain_trains_on_what_calibrates_and_on_answers(calibration, text):
+    from optimum_comp.stages.distil import Distil
+
+    assert Distil().decided(calibration, None).settings.text == text
+
+
 def test_what_a_kill_leaves_is_in_nobodys_way(models, tmp_path):
     work = tmp_path / "out.unfinished"
     work.mkdir()

@@ -23,7 +23,9 @@ from onnx import numpy_helper  # noqa: E402
 from optimum.onnxruntime import ORTConfig, ORTModelForCausalLM, ORTQuantizer  # noqa: E402
 from optimum.onnxruntime.configuration import AutoQuantizationConfig  # noqa: E402
 
+from optimum_comp.onnx import quantization  # noqa: E402
 from optimum_comp.onnx.export import export_onnx  # noqa: E402
+from optimum_comp.onnx.parity import PREFILL, require_close  # noqa: E402
 from optimum_comp.onnx.quantization import quantize_onnx  # noqa: E402
 from optimum_comp.onnx.recipes import RECIPES  # noqa: E402
 from optimum_comp.onnx.runtime import load_onnx  # noqa: E402
@@ -241,6 +243,31 @@ def test_broken_graph_fails_and_leaves_nothing(exported, tmp_path):
     with pytest.raises(Exception, match="pars"):
         quantize_onnx(tmp_path / "broken", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+def test_a_processor_that_cannot_check_a_target_checks_what_it_can(exported, tmp_path, monkeypatch, caplog):
+    """On x86 without VNNI the sums of a model for Arm overflow, and it would be refused as gibberish."""
+    checked = []
+
+    def watched(expected, found, allowed):
+        checked.append(found)
+        require_close(expected, found, allowed)
+
+    monkeypatch.setattr(quantization, "require_close", watched)
+    made = {}
+    for able in (True, False):
+        monkeypatch.setattr(quantization, "multiplies_8_bits", lambda able=able: able)
+        caplog.clear()
+        quantize_onnx(exported("llama").folder, tmp_path / str(able), recipe="int8-dynamic", target="arm64")
+        made[able] = (tmp_path / str(able) / "model.onnx").read_bytes()
+        assert ("weights of 7 bits is checked" in caplog.text) is not able
+    quantize_onnx(exported("llama").folder, tmp_path / "any", recipe="int8-dynamic")
+    # The model is the same; what was run is the one for any processor.
+    assert made[True] == made[False] != (tmp_path / "any" / "model.onnx").read_bytes()
+    of_target, instead, narrow = (found.logits[PREFILL] for found in checked)
+    assert torch.equal(instead, narrow) and not torch.equal(instead, of_target)
+    files = {path.name for path in (tmp_path / "True").iterdir()}
+    assert files == {path.name for path in (tmp_path / "False").iterdir()}
 
 
 def test_existing_output_is_kept_or_replaced(exported, tmp_path):

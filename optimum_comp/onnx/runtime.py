@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,31 @@ def open_session(model: str | bytes, threads: int | None = None) -> Any:
     if threads is not None:
         options.intra_op_num_threads = threads
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+@functools.cache
+def multiplies_8_bits() -> bool:
+    """Whether this processor multiplies int8 weights with 8-bit activations right.
+
+    x86 without VNNI adds pairs of products in 16 bits, which stop at 32 767: too few for 255 · 127 twice.
+    """
+    from onnx import TensorProto, helper
+
+    rows, columns = 16, 16
+    node = helper.make_node("MatMulInteger", ["activation", "weight"], ["product"])
+    # A constant, as weights are: those are packed for the processor's own instructions.
+    weight = helper.make_tensor("weight", TensorProto.INT8, [rows, columns], [127] * rows * columns)
+    graph = helper.make_graph(
+        [node],
+        "probe",
+        [helper.make_tensor_value_info("activation", TensorProto.UINT8, [1, rows])],
+        [helper.make_tensor_value_info("product", TensorProto.INT32, [1, columns])],
+        [weight],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    session = open_session(model.SerializeToString(), threads=1)
+    (product,) = session.run(None, {"activation": np.full((1, rows), 255, np.uint8)})
+    return bool((product == 255 * 127 * rows).all())
 
 
 class GraphRunner:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from optimum_comp.calibration.mix import IN_MEMORY, parts_of, weighed, with_another
-from optimum_comp.calibration.text import PYDOC, SELF, CalibrationSource, is_self, read_beginning
+from optimum_comp.calibration.text import PYDOC, SELF, CalibrationSource, read_beginning
 from optimum_comp.checkpoint.opening import find_device, open_config
 from optimum_comp.checkpoint.reader import weight_files
 from optimum_comp.checkpoint.source import empty_model
@@ -65,13 +65,14 @@ class Distil(Stage):
         """The same with what isn't asked for as a chain has it.
 
         Args:
-            calibration: what pruning is calibrated on: also the text to train on, unless the model writes it. A fifth
-                is written by the teacher all the same: answers to requests, which no book holds.
+            calibration: what pruning is calibrated on: also the text to train on, unless the model writes all of it.
+                A fifth is written by the teacher all the same: answers to requests, which no book holds.
             column: of a dataset that is that text.
         """
         chosen: dict[str, Any] = {}
-        if self._asked.text is None and not is_self(calibration):
-            chosen["text"] = _with_written(written_source(calibration))
+        written = written_source(calibration)
+        if self._asked.text is None and written != SELF:
+            chosen["text"] = _with_written(written)
             if self._asked.text_column is None:
                 chosen["text_column"] = column
         return Distil(dataclasses.replace(self._asked, **chosen), self.teacher, self._asked)
