@@ -52,8 +52,11 @@ families: $(READY) $(READY5)  ## Write docs/families.md from what the contract t
 	COMP_WRITE_TABLE=1 $(BIN)/python -m pytest tests/test_contract.py
 	COMP_WRITE_TABLE=1 COMP_TEST_WITHOUT_ONNX=1 $(VENV5)/bin/python -m pytest tests/test_contract.py
 
+# The real model by itself, with a thread for each core: one process would wait for the other's tests at the end.
+REAL = tests/test_real_model.py
 test-slow: $(READY) models/smollm2/config.json  ## Run the tests on the real model
-	COMP_TEST_MODEL=models/smollm2 $(BIN)/python -m pytest -m slow -n $(JOBS) --dist loadfile
+	COMP_TEST_MODEL=models/smollm2 $(BIN)/python -m pytest -m slow -n $(JOBS) --dist loadfile --ignore $(REAL)
+	COMP_TEST_MODEL=models/smollm2 $(BIN)/python -m pytest -m slow $(REAL)
 
 test-arm64: $(READY) models/smollm2/config.json  ## Run quantized models on emulated 64-bit Arm cores (needs apt, no root)
 	COMP_TEST_MODEL=models/smollm2 $(BIN)/python -m pytest -m slow tests/test_arm64.py -rs -s

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 
@@ -14,6 +15,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # isort: split
+import command_line
 import pytest
 import torch
 from transformers import (
@@ -72,10 +74,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         need_onnx()
 
 
-def run(*arguments: object, check: bool = True, **kwargs) -> subprocess.CompletedProcess[str]:
-    """`optimum-cli comp` in a process of its own."""
+def run(*arguments: object, check: bool = True, alone: bool = False, **kwargs) -> subprocess.CompletedProcess[str]:
+    """`optimum-cli comp` in a process of its own; `alone`, or with arguments of `subprocess`: as a user starts it."""
     command = [str(CLI), "comp", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, **kwargs)
+    if alone or kwargs:
+        done = subprocess.run(command, capture_output=True, text=True, **kwargs)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            files = Path(folder) / "stdout", Path(folder) / "stderr"
+            status = command_line.start(command, *files)
+            done = subprocess.CompletedProcess(command, status, *(path.read_text() for path in files))
     assert not check or done.returncode == 0, done.stderr
     return done
 
@@ -134,6 +142,17 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         chat_template="{% for m in messages %}{{ m['content'] }}\n{% endfor %}",
     )
+
+
+@pytest.fixture
+def measured_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models of chains are measured in this process: by the same function, which needn't import everything anew."""
+    from optimum_comp import frontier
+    from optimum_comp.evaluation import evaluate
+    from optimum_comp.stages import chain
+
+    for module in (chain, frontier):
+        monkeypatch.setattr(module, "evaluate_apart", evaluate)
 
 
 @pytest.fixture

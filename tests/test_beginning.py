@@ -358,6 +358,7 @@ def test_quantization_looks_at_the_same(helps, text, tmp_path):
     assert found["always"][:, 0].tolist() == [BEGIN] * 4 and not (found["never"] == BEGIN).any()
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_all_stages_of_a_chain_begin_alike(helps, text, tmp_path):
     pytest.importorskip("optimum.onnxruntime")
     folder = folder_of(tmp_path / "model", helps)

@@ -29,6 +29,8 @@ from optimum_comp.stages.prune import Prune, Running  # noqa: E402
 from optimum_comp.stages.recipe import Recipe  # noqa: E402
 
 
+pytestmark = pytest.mark.usefixtures("measured_here")
+
 TEXT = "The cat sat on the mat and looked at the moon.\n" * 60
 STAGES = {"prune": "pruned", "export": "pruned-onnx", "quantize": "pruned-int4"}
 ORDER = ("samples", "prune", "export", "quantize", "measure", "bundle")
@@ -357,6 +359,14 @@ def test_the_dense_model_is_measured_first(made, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="out of memory"):
         run_recipe(Recipe.from_dict(data), tmp_path / "out")
     assert measured == [str(made / "model")] and not (tmp_path / "out" / "pruned").exists()
+
+
+def test_too_little_text_beside_answers_is_refused_before_anything_is_measured(made, tmp_path, monkeypatch):
+    monkeypatch.setattr("optimum_comp.stages.chain.evaluate_apart", lambda *_, **__: pytest.fail("measured"))
+    (tmp_path / "short.txt").write_text("The cat sat.")
+    data = recipe_of(made, measure=True, calibration=str(tmp_path / "short.txt"))
+    with pytest.raises(ValueError, match=r"short.txt is too short"):
+        run_recipe(Recipe.from_dict(data), tmp_path / "out")
 
 
 REFUSED = {

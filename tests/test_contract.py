@@ -66,8 +66,24 @@ def test_every_family_is_covered():
     assert {model_type for model_type, _ in CONFIGS.values()} == set(FAMILIES)
 
 
+@pytest.fixture(scope="module")
+def plain_transformers():
+    """Has a process that knows transformers alone open checkpoints `root/name`."""
+    command = [sys.executable, str(Path(__file__).with_name("plain_transformers.py"))]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+
+        def look(root: Path, names: list[str]) -> None:
+            process.stdin.write(json.dumps({"root": str(root), "names": names}) + "\n")
+            process.stdin.flush()
+            wrong = process.stdout.readline()
+            assert wrong and not json.loads(wrong), wrong and json.loads(wrong)
+
+        yield look
+        process.stdin.close()
+
+
 @pytest.mark.parametrize("name", CONFIGS)
-def test_contract(name, tmp_path):
+def test_contract(name, plain_transformers, tmp_path):
     dense = sum(parameter.numel() for parameter in tiny_family(name).parameters())
     prompt = tiny_blocks(2, 12, seed=9)
     torch.save(prompt, tmp_path / "prompt.pt")
@@ -109,25 +125,7 @@ def test_contract(name, tmp_path):
             with torch.no_grad():
                 torch.testing.assert_close(streamed.model(prompt).logits, wanted[what], rtol=0, atol=1e-6)
 
-    # Plain transformers, in a process that has never heard of this package.
-    code = (
-        "import sys, torch\n"
-        "from transformers import AutoModelForCausalLM\n"
-        f"prompt = torch.load({str(tmp_path / 'prompt.pt')!r})\n"
-        "mask = torch.ones_like(prompt)\n"
-        f"for name in {sorted(wanted)!r}:\n"
-        f"    folder = {str(tmp_path)!r} + '/' + name\n"
-        "    model, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)\n"
-        "    assert not any(loading[key] for key in ('missing_keys', 'unexpected_keys', 'mismatched_keys')), loading\n"
-        "    model.eval()\n"
-        "    with torch.no_grad(): logits = model(prompt).logits\n"
-        "    runs = [model.generate(prompt, attention_mask=mask, max_new_tokens=12, min_new_tokens=12,\n"
-        "            do_sample=False, pad_token_id=0, use_cache=cache) for cache in (True, False)]\n"
-        "    assert torch.equal(*runs), 'cached generation differs from uncached'\n"
-        "    torch.save(logits, folder + '.pt')\n"
-        "assert not any(module.startswith('optimum') for module in sys.modules)\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    plain_transformers(tmp_path, sorted(wanted))
     for what, logits in wanted.items():
         torch.testing.assert_close(torch.load(tmp_path / f"{what}.pt"), logits, rtol=0, atol=1e-5)
     FOUND.setdefault(name, {}).update({what: what in wanted for what in VARIANTS}, reload=True)

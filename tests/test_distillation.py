@@ -372,6 +372,7 @@ def _weights_of(node: str) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.onnx
+@pytest.mark.usefixtures("measured_here")
 def test_a_chain_distils(models, tmp_path):
     from optimum_comp.compress import compress
     from optimum_comp.evaluation import Settings

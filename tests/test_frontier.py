@@ -27,6 +27,8 @@ from optimum_comp.frontier import (  # noqa: E402
 )
 
 
+pytestmark = pytest.mark.usefixtures("measured_here")
+
 CONFIG = CompConfig(num_samples=8, sequence_length=32, round_to=8)
 MEASURING = Settings(window=32, max_tokens=96, prompt_tokens=0, new_tokens=2, repeats=1, threads=1)
 

@@ -684,6 +684,7 @@ def test_what_comes_after_sees_the_small_vocabulary(dense, tmp_path):
         run_recipe(Recipe.from_dict(recipe), tmp_path / "other")
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_models_of_a_chain_are_measured_each_with_its_own_tokens(dense, tmp_path):
     (tmp_path / "text.txt").write_text(ENGLISH)
     measuring = {"window": 32, "max_tokens": 96, "prompt_tokens": 0, "new_tokens": 2, "repeats": 1, "begin": "always"}

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from optimum_comp.beginning import Beginning
 from optimum_comp.calibration.mix import parts_of
 from optimum_comp.calibration.self_written import is_chat
-from optimum_comp.calibration.text import PYDOC, SELF, Calibration, CalibrationSource, is_self, read_beginning
+from optimum_comp.calibration.text import PYDOC, SELF, Calibration, CalibrationSource, read_beginning
 from optimum_comp.chain_memory import (
     EVALUATE,
     EVALUATE_ONNX,
@@ -66,6 +66,7 @@ from optimum_comp.stages.base import (
     recorded,
     recorded_key,
     source_identity,
+    written_source,
 )
 from optimum_comp.stages.distil import Distil
 from optimum_comp.stages.export import Export
@@ -421,7 +422,7 @@ class Chain:
                 if isinstance(step.stage, Vocabulary):
                     # Samples are of its tokens.
                     self._make(step)
-            if wants_samples and not is_self(source):
+            if wants_samples and written_source(source) != SELF:
                 # Said before anything takes long: that there is too little text.
                 self.samples()
             settings = self._measured(self.dense, self.measure)
