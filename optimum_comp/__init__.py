@@ -13,6 +13,7 @@ __all__ = [
     "CompPruner",
     "CompReport",
     "DistilSettings",
+    "ORTModelForCausalLM",
     "VocabularySettings",
     "__version__",
     "distil",
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from optimum_comp.configuration import CompConfig
     from optimum_comp.distillation.run import distil
     from optimum_comp.distillation.settings import DistilSettings
+    from optimum_comp.onnx.modeling import ORTModelForCausalLM
     from optimum_comp.pruner import CompPruner
     from optimum_comp.report.run import CompReport
     from optimum_comp.vocabulary.run import shrink_vocabulary
@@ -33,6 +35,7 @@ _HOMES = {
     "CompPruner": "optimum_comp.pruner",
     "CompReport": "optimum_comp.report.run",
     "DistilSettings": "optimum_comp.distillation.settings",
+    "ORTModelForCausalLM": "optimum_comp.onnx.modeling",
     "VocabularySettings": "optimum_comp.vocabulary.settings",
     "distil": "optimum_comp.distillation.run",
     "shrink_vocabulary": "optimum_comp.vocabulary.run",

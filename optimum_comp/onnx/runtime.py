@@ -42,7 +42,7 @@ def require_onnxruntime() -> None:
 
 
 def load_onnx(path: str | Path, threads: int | None = None, **kwargs: Any) -> Any:
-    """`ORTModelForCausalLM` on the CPU; with transformers 5, which that class doesn't run with, `PlainModel`.
+    """`onnx.modeling.ORTModelForCausalLM` on the CPU; with transformers 5, which it doesn't run with, `PlainModel`.
 
     Graphs of this package run in it as it is (see `open_cache`); one of Optimum's own export may insist on heads and
     width of a cache that the class works out wrong, and they are corrected here.
@@ -61,7 +61,8 @@ def load_onnx(path: str | Path, threads: int | None = None, **kwargs: Any) -> An
 
         return PlainModel(path, threads)
     from onnxruntime import SessionOptions
-    from optimum.onnxruntime import ORTModelForCausalLM
+
+    from optimum_comp.onnx.modeling import ORTModelForCausalLM
 
     options = SessionOptions()
     if threads is not None:
