@@ -165,6 +165,10 @@ class _Kept(tuple):
         kept.room, kept.length = room, room.filled
         return kept
 
+    def __reduce__(self) -> Any:
+        # What is copied or stored is tensors like any others: a session can't be.
+        return tuple, (tuple(self),)
+
 
 def shapes_in_place(path: Path) -> dict[str, tuple[int, int]]:
     """Name of each past -> its heads and width, if attention in one operator is all that reads any of them.
