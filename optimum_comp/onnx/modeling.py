@@ -47,6 +47,8 @@ class ORTModelForCausalLM(OptimumModel):
             and set(self._tokens) <= _TOKENS
             and {*self.output_names} == {"logits", *self.key_value_output_names}
             and isinstance(self.output_shapes["logits"][-1], int)
+            # Logits of every token, not of the last alone.
+            and self.output_shapes["logits"][:2] == self.input_shapes["input_ids"]
             and all(kinds[name] == _INTEGER for name in self._tokens)
             and all(kinds[name] == _FLOAT for name in ("logits", *caches))
         )
