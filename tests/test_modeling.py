@@ -11,11 +11,13 @@ from conftest import need_onnx, tiny_blocks
 
 need_onnx()
 
+import onnx  # noqa: E402
 from exports import exporter, outlier_model  # noqa: E402
 from optimum.onnxruntime import ORTModelForCausalLM as OptimumModel  # noqa: E402
 
 import optimum_comp  # noqa: E402
 from optimum_comp.onnx import modeling  # noqa: E402
+from optimum_comp.onnx.graph import read_without_weights  # noqa: E402
 from optimum_comp.onnx.modeling import ORTModelForCausalLM  # noqa: E402
 from optimum_comp.onnx.parity import run_model  # noqa: E402
 from optimum_comp.onnx.quantization import quantize_onnx  # noqa: E402
@@ -126,6 +128,17 @@ def test_other_graphs_are_optimums(name, tmp_path_factory):
     prompt = tiny_blocks(1, 5)
     given = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(ours.generate(prompt, **given), optimums.generate(prompt, **given))
+
+
+@pytest.mark.parametrize("by", ["genai", "optimum"])
+def test_a_graph_is_read_without_its_weights(by, fused, tmp_path_factory, tmp_path):
+    made = fused if by == "genai" else exporter(tmp_path_factory, outlier_model, by=by)
+    for folder in (made("llama").folder, quantize_onnx(made("llama").folder, tmp_path / "int8").output):
+        whole = onnx.load(folder / "model.onnx").graph
+        found = read_without_weights(folder / "model.onnx")
+        assert whole.initializer and not found.initializer
+        del whole.initializer[:]
+        assert found == whole
 
 
 def test_it_is_at_the_top():

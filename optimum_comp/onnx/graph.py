@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from optimum_comp.onnx.attention import group_heads
 from optimum_comp.onnx.shapes import fold_shapes, infer_shapes
@@ -68,6 +68,61 @@ def load_float_graph(path: Path) -> Any:
         fold_shapes(model, shapes)
         group_heads(model, shapes)
     return model
+
+
+def read_without_weights(path: Path) -> Any:
+    """A graph without its initializers, which are most of its file and aren't read.
+
+    Parsed as a whole, they would be in memory beside those of a session. Fields are found as
+    https://protobuf.dev/programming-guides/encoding says.
+
+    Args:
+        path: of a model that is known to be valid.
+    """
+    import onnx
+
+    left_out = (onnx.GraphProto.INITIALIZER_FIELD_NUMBER, onnx.GraphProto.SPARSE_INITIALIZER_FIELD_NUMBER)
+    graph = onnx.GraphProto()
+    with path.open("rb") as file:
+        for number, _, content, end in _fields(file, 0, path.stat().st_size):
+            if number != onnx.ModelProto.GRAPH_FIELD_NUMBER:
+                continue
+            for each, start, _, after in _fields(file, content, end):
+                if each not in left_out:
+                    file.seek(start)
+                    graph.MergeFromString(file.read(after - start))
+    return graph
+
+
+def _fields(file: BinaryIO, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+    """Number of each field of a message, and where it, its content, and what follows it begin."""
+    fixed = {1: 8, 5: 4}
+    while start < end:
+        file.seek(start)
+        # A tag and a length, of ten bytes at most each.
+        head = file.read(20)
+        tag, place = _varint(head, 0)
+        kind = tag & 7
+        if kind == 2:
+            size, place = _varint(head, place)
+        elif kind == 0:
+            size = _varint(head, place)[1] - place
+        else:
+            size = fixed[kind]
+        content = start + place
+        yield tag >> 3, start, content, content + size
+        start = content + size
+
+
+def _varint(data: bytes, start: int) -> tuple[int, int]:
+    """A number in groups of seven bits, the least first, and where it ends."""
+    value = shift = 0
+    while True:
+        byte = data[start]
+        value |= (byte & 127) << shift
+        start, shift = start + 1, shift + 7
+        if byte < 128:
+            return value, start
 
 
 def is_fused(graph: Any) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from optimum_comp.onnx.cache import cache_shapes
-from optimum_comp.onnx.graph import ATTENTION
+from optimum_comp.onnx.graph import ATTENTION, read_without_weights
 
 
 _ROOM = 256
@@ -184,9 +184,7 @@ def shapes_in_place(path: Path) -> dict[str, tuple[int, int]]:
     Returns:
         Nothing if it isn't so for all of them.
     """
-    import onnx
-
-    graph = onnx.load(path, load_external_data=False).graph
+    graph = read_without_weights(path)
     shapes = cache_shapes(graph)
     readers = [(name, node.op_type) for node in graph.node for name in node.input if name in shapes]
     right = sorted(readers) == sorted((name, ATTENTION) for name in shapes)
