@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+# Without `ORTModelForCausalLM`, which needs an extra: `import *` takes what is always there.
 __all__ = [
     "CompConfig",
     "CompPruner",
     "CompReport",
     "DistilSettings",
-    "ORTModelForCausalLM",
     "VocabularySettings",
     "__version__",
     "distil",
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from optimum_comp.configuration import CompConfig
     from optimum_comp.distillation.run import distil
     from optimum_comp.distillation.settings import DistilSettings
-    from optimum_comp.onnx.modeling import ORTModelForCausalLM
+    from optimum_comp.onnx.modeling import ORTModelForCausalLM as ORTModelForCausalLM
     from optimum_comp.pruner import CompPruner
     from optimum_comp.report.run import CompReport
     from optimum_comp.vocabulary.run import shrink_vocabulary

@@ -7,12 +7,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from optimum.onnxruntime import ORTModelForCausalLM as OptimumModel
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from optimum_comp.onnx.cache import cache_shapes
 from optimum_comp.onnx.graph import ATTENTION, read_without_weights
+
+
+try:
+    from optimum.onnxruntime import ORTModelForCausalLM as OptimumModel
+except ImportError as error:
+    raise ImportError(
+        "ORTModelForCausalLM is Optimum's, which needs ONNX Runtime and transformers below 4.58: "
+        f"pip install 'optimum-comp[onnxruntime]'. {error}"
+    ) from error
 
 
 _ROOM = 256
