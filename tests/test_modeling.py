@@ -16,7 +16,7 @@ from exports import exporter, outlier_model  # noqa: E402
 from optimum.onnxruntime import ORTModelForCausalLM as OptimumModel  # noqa: E402
 
 import optimum_comp  # noqa: E402
-from optimum_comp.onnx import modeling  # noqa: E402
+from optimum_comp.onnx import in_place  # noqa: E402
 from optimum_comp.onnx.graph import read_without_weights  # noqa: E402
 from optimum_comp.onnx.modeling import ORTModelForCausalLM  # noqa: E402
 from optimum_comp.onnx.parity import run_model  # noqa: E402
@@ -34,7 +34,7 @@ def fused(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def little_room(monkeypatch):
     """A cache is too small every few tokens."""
-    monkeypatch.setattr(modeling, "_ROOM", 8)
+    monkeypatch.setattr(in_place, "_ROOM", 8)
 
 
 def opened(folder):
@@ -46,7 +46,7 @@ def test_it_computes_what_optimum_does(name, fused, tmp_path):
     """Prompts and what follows, in batches, padded, in parts, and generated; in float and in 8 bits."""
     for folder in (fused(name).folder, quantize_onnx(fused(name).folder, tmp_path / name).output):
         ours, optimums = opened(folder)
-        assert ours._shapes and not hasattr(optimums, "_shapes")
+        assert ours._in_place is not None and not hasattr(optimums, "_in_place")
         expected, found = run_model(optimums, far=True), run_model(ours, far=True)
         assert torch.equal(found.tokens, expected.tokens)
         assert found.logits.keys() == expected.logits.keys()
@@ -110,6 +110,33 @@ def test_it_generates_what_optimum_does(settings, fused):
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("kept", [0, 1, 3, 99, torch.tensor([0, 2])])
+@pytest.mark.parametrize("by", ["genai", "optimum"])
+def test_as_many_logits_as_are_asked_for(by, kept, fused, tmp_path_factory):
+    made = fused if by == "genai" else exporter(tmp_path_factory, outlier_model, by=by)
+    model, _ = opened(made("llama").folder)
+    ids, mask = tiny_blocks(2, 6), torch.ones(2, 6, dtype=torch.long)
+    mask[0, :2] = 0
+    every = model(ids, attention_mask=mask).logits
+    found = model(ids, attention_mask=mask, logits_to_keep=kept)
+    expected = every[:, kept if isinstance(kept, torch.Tensor) else slice(-kept, None)]
+    torch.testing.assert_close(found.logits, expected, rtol=0, atol=1e-5)
+    assert found.past_key_values[0][0].shape[2] == 6
+
+
+def test_of_a_prompt_only_the_last_logits_are_made(fused, monkeypatch):
+    sizes = []
+    original = in_place.Room.run
+    monkeypatch.setattr(
+        in_place.Room, "run", lambda room, given, logits: (sizes.append(logits.shape), original(room, given, logits))
+    )
+    model, optimums = opened(fused("llama").folder)
+    prompt = tiny_blocks(2, 9)
+    given = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(prompt, **given), optimums.generate(prompt, **given))
+    assert sizes == [(2, 1, model.config.vocab_size)] * 4
+
+
 def test_a_cache_of_ones_own_is_taken(fused):
     ours, optimums = opened(fused("llama").folder)
     ids, mask = tiny_blocks(1, 6), torch.ones(1, 6, dtype=torch.long)
@@ -124,7 +151,7 @@ def test_a_cache_of_ones_own_is_taken(fused):
 def test_other_graphs_are_optimums(name, tmp_path_factory):
     folder = exporter(tmp_path_factory, outlier_model, by="optimum")(name).folder
     ours, optimums = opened(folder)
-    assert ours._shapes == {}
+    assert ours._in_place is None
     prompt = tiny_blocks(1, 5)
     given = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(ours.generate(prompt, **given), optimums.generate(prompt, **given))

@@ -41,6 +41,9 @@ export async function open(folder, graph = "model.onnx") {
  */
 export async function* generate(model, prompt, count, end = []) {
   const { session } = model;
+  // Such a graph makes logits of as many of the last tokens as there are positions, and looks at nothing else of them.
+  const positions = session.inputMetadata.find((input) => input.name === "position_ids");
+  const first = positions?.shape[1] === "logits_to_keep" ? -1 : 0;
   let cache = emptyCache(model);
   let ids = prompt, length = 0;
   for (let made = 0; made < count; made++) {
@@ -49,7 +52,7 @@ export async function* generate(model, prompt, count, end = []) {
     const known = {
       input_ids: () => row(ids),
       attention_mask: () => row(Array(length).fill(1)),
-      position_ids: () => row(ids.map((_, index) => past + index)),
+      position_ids: () => row(ids.map((_, index) => past + index).slice(first)),
     };
     const feeds = { ...cache };
     for (const name of session.inputNames) {

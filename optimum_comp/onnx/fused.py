@@ -24,6 +24,7 @@ from typing import Any
 from optimum_comp.onnx.cache import HEADS, PAST, PRESENT, WIDTH
 from optimum_comp.onnx.folders import MODEL_NAME
 from optimum_comp.onnx.graph import ATTENTION, dense_nodes, matrices, needs_external_data
+from optimum_comp.onnx.logits import keep_asked_logits
 from optimum_comp.onnx.runtime import is_transformers_5, open_session
 from optimum_comp.onnx.shapes import constants, remove_unused
 
@@ -246,7 +247,8 @@ def rewrite(model: Any, config: Any, head_size: int) -> None:
     del graph.node[:]
     graph.node.extend([*first, *rest])
     remove_unused(graph)
-    _take_positions(graph)
+    # `ORTModelForCausalLM` takes a graph without `position_ids` for one that can't pad.
+    keep_asked_logits(graph)
     # The quantizers go by what the builder notes of types; of what is gone, it would be in the way.
     made = {name for node in graph.node for name in node.output}
     noted = [value for value in graph.value_info if value.name in made]
@@ -499,19 +501,6 @@ def _are_made(nodes: list[Any], given: Mapping[str, Any], expected: Mapping[str,
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     found = open_session(model.SerializeToString()).run(list(expected), {})
     return all(np.abs(one - other).max() < _SAME for one, other in zip(found, expected.values(), strict=True))
-
-
-def _take_positions(graph: Any) -> None:
-    """Let the graph take `position_ids`, which nothing reads, since places in the mask stand for them.
-
-    `ORTModelForCausalLM` takes a graph without for one that can't pad.
-    """
-    from onnx import helper
-
-    if "position_ids" not in {value.name for value in graph.input}:
-        (tokens,) = (value for value in graph.input if value.name == "input_ids")
-        shape = [each.dim_param for each in tokens.type.tensor_type.shape.dim]
-        graph.input.append(helper.make_tensor_value_info("position_ids", tokens.type.tensor_type.elem_type, shape))
 
 
 def _give(graph: Any, values: Mapping[str, Any]) -> None:

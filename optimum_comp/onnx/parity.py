@@ -80,7 +80,7 @@ def run_graph(folder: Path, *, cache_shape: tuple[int, int] | None = None, far: 
     gc.collect()
     try:
         if is_transformers_5():
-            return run_model(PlainModel(folder), far=far)
+            return run_model(PlainModel(folder, in_place=False), far=far)
         from optimum.onnxruntime import ORTModelForCausalLM
 
         model = ORTModelForCausalLM.from_pretrained(folder, file_name=MODEL_NAME, provider="CPUExecutionProvider")

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from optimum_comp.onnx.cache import PAST, PRESENT
 from optimum_comp.onnx.folders import MODEL_NAME
+from optimum_comp.onnx.in_place import InPlace, Kept, kept
+from optimum_comp.onnx.logits import POSITIONS
 from optimum_comp.onnx.runtime import GraphRunner
 
 
@@ -21,11 +23,12 @@ class Step:
 
     Attributes:
         logits: `[sequences, tokens, vocabulary]`.
-        past_key_values: name of the input -> what a layer has cached, for the tokens that follow.
+        past_key_values: what the layers have cached, for the tokens that follow: by name of the input, or where it
+            stays in its place.
     """
 
     logits: Tensor
-    past_key_values: dict[str, Any]
+    past_key_values: dict[str, Any] | Kept
 
 
 @dataclass(frozen=True)
@@ -47,26 +50,31 @@ class PlainModel:
     Args:
         folder: holds `model.onnx` and `config.json`.
         threads: threads inside an operator; `None` leaves ONNX Runtime's default.
+        in_place: have the cache stay in its place where the graph can (see `onnx.in_place`).
     """
 
     device = torch.device("cpu")
 
-    def __init__(self, folder: str | Path, threads: int | None = None):
+    def __init__(self, folder: str | Path, threads: int | None = None, *, in_place: bool = True):
         from transformers import AutoConfig, GenerationConfig
 
         self.config = AutoConfig.from_pretrained(folder)
         named = (Path(folder) / "generation_config.json").is_file()
         self.generation_config = GenerationConfig.from_pretrained(folder) if named else GenerationConfig()
-        self._runner = GraphRunner(Path(folder) / MODEL_NAME, threads)
+        path = Path(folder) / MODEL_NAME
+        self._runner = GraphRunner(path, threads)
+        graph = InPlace(self._runner.session, path) if in_place else None
+        self._in_place = graph if graph is not None and graph.shapes else None
         self._outputs = ["logits", *(name.replace(PAST, PRESENT, 1) for name in self._runner.cache_names)]
 
     def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
-        past_key_values: dict[str, Any] | None = None,
+        past_key_values: dict[str, Any] | Kept | None = None,
         *,
         use_cache: bool = True,
+        logits_to_keep: int = 0,
     ) -> Step:
         """Logits of tokens that follow those in the cache.
 
@@ -75,16 +83,23 @@ class PlainModel:
             attention_mask: `[sequences, tokens and what is in the cache]`.
             past_key_values: of an earlier step; nothing is in the cache if not given.
             use_cache: whether the result holds a cache.
+            logits_to_keep: how many of the last tokens get logits; 0 for all.
         """
         start = attention_mask.shape[1] - input_ids.shape[1]
-        given = {"attention_mask": attention_mask.numpy(), **(past_key_values or {})}
-        if "position_ids" in self._runner.input_names:
-            # As `generate` of transformers makes them.
-            positions = (attention_mask.cumsum(1) - 1).masked_fill(attention_mask == 0, 1)
-            given["position_ids"] = positions[:, start:].numpy()
+        # As `generate` of transformers makes them.
+        positions = (attention_mask.cumsum(1) - 1).masked_fill(attention_mask == 0, 1)[:, start:]
+        if self._in_place is not None and use_cache and not isinstance(past_key_values, dict):
+            return Step(*self._in_place.run(input_ids, attention_mask, past_key_values, positions, logits_to_keep))
+        given = {"attention_mask": attention_mask.numpy()}
+        if isinstance(past_key_values, dict):
+            given |= past_key_values
+        if POSITIONS in self._runner.input_names:
+            given[POSITIONS] = positions.numpy()
         outputs = self._outputs if use_cache else self._outputs[:1]
         logits, *cache = self._runner.run(input_ids.numpy(), outputs, given, start=start)
-        return Step(torch.from_numpy(logits), dict(zip(self._runner.cache_names, cache, strict=False)))
+        return Step(
+            kept(torch.from_numpy(logits), logits_to_keep), dict(zip(self._runner.cache_names, cache, strict=False))
+        )
 
     __call__ = forward
 
@@ -115,12 +130,12 @@ class PlainModel:
         stops = torch.tensor([] if ends is None else ends).flatten()
         padding = chosen.get("pad_token_id") or 0
         sequences, mask, step = input_ids, attention_mask, input_ids
-        past: dict[str, Any] | None = None
+        past: dict[str, Any] | Kept | None = None
         going = torch.ones(len(input_ids), dtype=torch.bool)
         logits: list[Tensor] = []
         least = chosen.get("min_new_tokens") or 0
         for count in range(chosen.get("max_new_tokens") or 20):
-            found = self.forward(step, mask, past)
+            found = self.forward(step, mask, past, logits_to_keep=1)
             past, scores = found.past_key_values, found.logits[:, -1]
             logits.append(scores)
             if count < least:

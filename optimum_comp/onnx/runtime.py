@@ -123,12 +123,15 @@ class GraphRunner:
     Args:
         path: the graph.
         threads: threads inside an operator; `None` leaves ONNX Runtime's default.
+
+    Attributes:
+        session: that runs it.
     """
 
     def __init__(self, path: Path, threads: int | None = None):
-        self._session = open_session(str(path), threads)
-        self._inputs = {each.name: each.shape for each in self._session.get_inputs()}
-        self._outputs = {each.name: each.shape for each in self._session.get_outputs()}
+        self.session = open_session(str(path), threads)
+        self._inputs = {each.name: each.shape for each in self.session.get_inputs()}
+        self._outputs = {each.name: each.shape for each in self.session.get_outputs()}
 
     @property
     def input_names(self) -> list[str]:
@@ -154,7 +157,7 @@ class GraphRunner:
         """
         feeds = dict(given or {})
         feeds |= {name: self._feed(name, tokens, start) for name in self._inputs if name not in feeds}
-        found: list[Any] = self._session.run(list(outputs), feeds)
+        found: list[Any] = self.session.run(list(outputs), feeds)
         return found
 
     def _feed(self, name: str, tokens: Any, start: int) -> Any:
