@@ -73,3 +73,12 @@ def uneven_model(kind: str, sizes: dict[str, Any]):
             elif parameter.dim() == 2:
                 parameter.mul_(3)
     return model
+
+
+def stored_scales(graph: Any, node: Any) -> str:
+    """Name of the initializer that the scales of a `MatMulNBits` are made from."""
+    (name,) = (
+        *(each.input[0] for each in graph.node if each.op_type == "Cast" and node.input[2] in each.output),
+        *(each.name for each in graph.initializer if each.name == node.input[2]),
+    )
+    return name

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import run, tiny_blocks, tiny_model, tiny_tokenizer
+from exports import stored_scales
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -332,7 +333,10 @@ def test_the_exported_model_is_the_one_that_was_trained(recipe, student, models,
         found = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
         if node.op_type != "MatMulNBits" or found["bits"] != 4:
             continue
-        codes, scales = stored[node.input[1]], stored[node.input[2]].reshape(found["N"], -1)
+        codes, scales = stored[node.input[1]], stored[stored_scales(graph, node)].reshape(found["N"], -1)
+        # What was trained is what is stored, in half precision.
+        assert scales.dtype == "float16"
+        scales = scales.astype("float32")
         pairs = torch.stack([torch.from_numpy(codes & 15), torch.from_numpy(codes >> 4)], -1).flatten(2).float()
         made = ((pairs - 8) * torch.from_numpy(scales.copy())[..., None]).flatten(1)[:, : found["K"]]
         names = _weights_of(node.name)

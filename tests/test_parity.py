@@ -13,7 +13,7 @@ from tiny_families import tiny_family
 need_onnx()
 
 import onnx  # noqa: E402
-from exports import exporter, outlier_model  # noqa: E402
+from exports import exporter, outlier_model, stored_scales  # noqa: E402
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 from optimum_comp.onnx import blocks, export, quantization  # noqa: E402
@@ -132,12 +132,10 @@ def roll_scales(model) -> None:
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type == "MatMulNBits":
-            scales = numpy_helper.to_array(tensors[node.input[2]])
-            tensors[node.input[2]].CopyFrom(
-                numpy_helper.from_array(
-                    torch.tensor(scales).flatten().roll(1).view(scales.shape).numpy(), node.input[2]
-                )
-            )
+            name = stored_scales(model.graph, node)
+            scales = numpy_helper.to_array(tensors[name])
+            rolled = torch.tensor(scales).flatten().roll(1).view(scales.shape).numpy()
+            tensors[name].CopyFrom(numpy_helper.from_array(rolled, name))
 
 
 def swap_scales(model) -> None:
@@ -148,11 +146,12 @@ def swap_scales(model) -> None:
     )
     (split,) = (each for each in model.graph.node if node.output[0] in each.input)
     sizes = numpy_helper.to_array(tensors[split.input[1]])
-    scales = numpy_helper.to_array(tensors[node.input[2]])
+    name = stored_scales(model.graph, node)
+    scales = numpy_helper.to_array(tensors[name])
     rows = scales.reshape(sizes.sum(), -1)
     queries, keys, values = (part for part in torch.tensor(rows).split(sizes.tolist()))
     swapped = torch.cat([queries, values, keys]).view(scales.shape).numpy()
-    tensors[node.input[2]].CopyFrom(numpy_helper.from_array(swapped, node.input[2]))
+    tensors[name].CopyFrom(numpy_helper.from_array(swapped, name))
 
 
 @pytest.mark.parametrize(

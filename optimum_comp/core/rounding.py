@@ -1,8 +1,9 @@
 """Rounding a dense layer's weight to a few bits, in blocks that share a scale; pure tensor mathematics.
 
 A weight `W: [d_out, d_in]` becomes `codes ∘ scales`: each row is cut into blocks of consecutive input channels, and a
-block has one scale. The squared error of the output over the calibration tokens is `tr(E G Eᵀ)` with `E = W − Q` and
-`G = XᵀX`, so what one channel's rounding does wrong, the channels after it can make good:
+block has one scale, which half precision holds, as it is stored. The squared error of the output over the calibration
+tokens is `tr(E G Eᵀ)` with `E = W − Q` and `G = XᵀX`, so what one channel's rounding does wrong, the channels after it
+can make good:
 
 1. Optimal Brain Surgeon's update, column by column: after column `j` is rounded, its error `e_j` is spread over the
    columns that follow by `−e_j [U]_j,: / U_jj`, `U` the upper Cholesky factor of `(G + λ̄I)⁻¹`. That is GPTQ (Frantar
@@ -28,6 +29,9 @@ _RATIOS = torch.linspace(0.5, 1.0, 21)
 
 _EXACT = 2**-20
 """Relative error that storing `codes ∘ scales` in float32 leaves, with room."""
+
+_HALF = 2**-11
+"""Relative error that half precision leaves at most, but for numbers that are too large or too small for it."""
 
 _INSIDE = 0.49
 """How far from a code, in scales, what is rounded to it is put at most."""
@@ -176,7 +180,7 @@ def on_grid(weight: Tensor, bits: int, block_size: int) -> Blocks | None:
     """The codes and scales of a weight that is rounded already, whatever its scales were; `None` if it isn't.
 
     A block that was made as `codes ∘ scale` has its largest entry at `scale` times a whole number up to 2^(bits−1), so
-    that number, and the sign, are all that has to be found.
+    that number, and the sign, are all that has to be found. Where several fit, one whose scale half precision holds.
 
     Args:
         weight: `[d_out, d_in]`, in float32.
@@ -201,10 +205,15 @@ def _on_grid(weight: Tensor, bits: int, block_size: int) -> Blocks | None:
     scales = torch.zeros_like(largest)
     is_open = largest != 0
     low, high = _limits(bits)
-    for code in [*range(1, high + 1), *range(-1, low - 1, -1)]:
+    candidates = [*range(1, high + 1), *range(-1, low - 1, -1)]
+    for is_half, code in [(True, code) for code in candidates] + [(False, code) for code in candidates]:
+        if not is_open.any():
+            break
         scale = largest / code
         error = (blocks - _codes(blocks, scale, bits) * scale).abs().amax(-1, keepdim=True)
         fits = is_open & (error <= _EXACT * largest.abs())
+        if is_half:
+            fits &= scale == _stored(scale)
         scales = torch.where(fits, scale, scales)
         is_open &= ~fits
     if is_open.any():
@@ -257,10 +266,10 @@ def _best_scales(blocks: Tensor, price: Tensor, bits: int) -> Tensor:
     """
     low, high = _limits(bits)
     largest = blocks.abs().amax(-1, keepdim=True)
-    best, least = largest / high, None
+    best, least = _stored(largest / high), None
     for sign in (1, -1) if -low > high else (1,):
         for ratio in _RATIOS.tolist():
-            scale = sign * ratio * largest / -low
+            scale = _stored(sign * ratio * largest / -low)
             loss = ((blocks - _codes(blocks, scale, bits) * scale).square_() * price).sum(-1, keepdim=True)
             if least is None:
                 best, least = scale, loss
@@ -288,4 +297,10 @@ def _refit_scales(weight: Tensor, matrix: Tensor, codes: Tensor, scales: Tensor,
     normal.diagonal(dim1=1, dim2=2).add_(empty)
     right = torch.where(empty, scales, right)
     solved, failed = torch.linalg.solve_ex(normal, right)
-    return torch.where((failed == 0)[:, None] & solved.isfinite().all(-1, keepdim=True), solved, scales)
+    return _stored(torch.where((failed == 0)[:, None] & solved.isfinite().all(-1, keepdim=True), solved, scales))
+
+
+def _stored(scales: Tensor) -> Tensor:
+    """The nearest scales in half precision, which is what a model's file holds; those that it can't hold stay."""
+    half = scales.half().to(scales)
+    return torch.where((half - scales).abs() <= _HALF * scales.abs(), half, scales)

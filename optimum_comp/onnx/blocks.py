@@ -49,13 +49,17 @@ def rounded_already(graph: Any, assignment: Assignment) -> dict[str, Blocks]:
         assignment: which nodes, and how.
 
     Returns:
-        Node -> its codes and scales, for those nodes of 4 bits whose weight lies on a grid of its format.
+        Node -> its codes and scales, for those nodes of 4 bits whose weight lies on a grid of its format, in blocks that
+        may be smaller: those that fit best are others where zeros filled a layer up while it was trained.
     """
     found = {}
     for node in dense_nodes(graph):
         form = assignment.get(node.name)
         if form is not None and form.bits == 4:
-            blocks = on_grid(torch.from_numpy(weight_of(graph, node).copy()), 4, form.fitted(node.shape[0]).block_size)
+            weight = torch.from_numpy(weight_of(graph, node).copy())
+            sizes = dict.fromkeys((form.fitted(node.shape[0]).block_size, *form.sizes()))
+            grids = (on_grid(weight, 4, size) for size in sizes)
+            blocks = next((each for each in grids if each is not None), None)
             if blocks is not None:
                 found[node.name] = blocks
     return found
@@ -90,10 +94,12 @@ def store_in_blocks(
     """
     tied = _untie(model.graph, {node.name for node in dense_nodes(model.graph) if node.name in assignment})
     names_of_format = defaultdict(set)
-    nodes = dense_nodes(model.graph)
-    for node in nodes:
+    for node in dense_nodes(model.graph):
         if node.name in assignment:
-            names_of_format[assignment[node.name].fitted(node.shape[0])].add(node.name)
+            form = assignment[node.name]
+            known_blocks = (rounded or {}).get(node.name)
+            form = form.fitted(node.shape[0]) if known_blocks is None else Format(form.bits, known_blocks.block_size)
+            names_of_format[form].add(node.name)
     every = {node.name for node in model.graph.node if node.op_type == "MatMul"}
     for form, names in names_of_format.items():
         known = names & set(rounded or {})

@@ -36,6 +36,7 @@ from optimum_comp.onnx.packing import pack_products
 from optimum_comp.onnx.parity import Drift, Found, require_close, require_same, run_graph
 from optimum_comp.onnx.recipes import Recipe, Target, find_recipe, find_target
 from optimum_comp.onnx.runtime import is_transformers_5, multiplies_8_bits, require_onnxruntime
+from optimum_comp.onnx.scales import store_scales_in_half
 from optimum_comp.utils import get_logger
 
 
@@ -120,6 +121,9 @@ def quantize_onnx(
             shutil.copyfile(source / "config.json", prepared.with_name("config.json"))
             excluded = [*products_of_activations(model.graph), *plan.left_in_float]
             large = needs_external_data(model.graph)
+            if large:
+                # Packed, and then stored as small, is only what isn't.
+                store_scales_in_half(model.graph)
             onnx.save(model, prepared, save_as_external_data=large)
             del model
             _write_quantized(prepared, folder, settings, processor, excluded, large)
@@ -357,6 +361,7 @@ def _check_and_tidy(path: Path, large: bool) -> None:
     # With matrices as large as that, what it takes to start a product is nothing.
     if not large:
         pack_products(model.graph)
+        store_scales_in_half(model.graph)
         del model.graph.value_info[:]
         onnx.save(model, path)
 

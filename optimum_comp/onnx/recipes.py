@@ -22,13 +22,16 @@ class Format:
 
         The operator pads a column to whole blocks.
         """
-        sizes = [size for size in (16, 32, 64, 128, 256) if size <= self.block_size]
-        return Format(self.bits, min(sizes[::-1], key=lambda size: Format(self.bits, size).column_bytes(rows)))
+        return Format(self.bits, min(self.sizes(), key=lambda size: Format(self.bits, size).column_bytes(rows)))
+
+    def sizes(self) -> list[int]:
+        """Sizes that a block may have, up to this one's, the largest first."""
+        return [size for size in (256, 128, 64, 32, 16) if size <= self.block_size]
 
     def column_bytes(self, rows: int) -> int:
-        """Bytes of a column of `rows` weights: codes of whole blocks, and a float32 scale for each."""
+        """Bytes of a column of `rows` weights: codes of whole blocks, and a scale of 16 bits for each."""
         blocks = -(-rows // self.block_size)
-        return blocks * (self.block_size * self.bits // 8 + 4)
+        return blocks * (self.block_size * self.bits // 8 + 2)
 
     def matrix_bytes(self, shape: tuple[int, int]) -> int:
         """Bytes of a matrix `[d_in, d_out]`."""
