@@ -2,7 +2,7 @@
 
 The levers are stages of the chain, so every candidate is a recipe, and what candidates share is made once. The walk is
 plain: bits alone first, which are cheapest to try and mostly worth most, then trained for still fewer; then both with
-ever more pruned, as long as the size can fit and there is time.
+ever more pruned, of a size that is asked for as little as will fit, as long as there is time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from optimum_comp.configuration import CompConfig
 from optimum_comp.distillation.settings import DistilSettings
 from optimum_comp.evaluation import Evaluation, Settings, evaluate_apart
 from optimum_comp.files import FRONTIER, check_folder, durably
-from optimum_comp.onnx.recipes import FOUR, FOUR_WIDE
+from optimum_comp.onnx.recipes import FOUR, FOUR_WIDE, RECIPES
 from optimum_comp.onnx.runtime import require_onnxruntime
 from optimum_comp.onnx.search import BudgetError
 from optimum_comp.options import Boolean, Duration, Number, Share, Shares, Size, Subset, Texts, option, settings_class
@@ -46,15 +46,21 @@ logger = get_logger(__name__)
 FLOAT, MIXED, TRAINED = "float32", "mixed", "int4-small"
 """Weights as they are exported, the best mix of precisions for a size, and the smallest, which have to be trained."""
 
+_USUAL, _MOST = 0.2, 0.5
+"""How much is pruned where nothing says it, and how much at most to have a size."""
+
+_FILLED = 0.995
+"""Share of a size that is filled by what is expected: widths are rounded, and a graph isn't weights alone."""
+
 
 @settings_class
 class FrontierSettings:
     """What is tried, on what it is measured, and what is wanted."""
 
-    sparsities: list[float] = option(
+    sparsities: list[float] | None = option(
         Shares("(0, 1)"),
-        "Shares of the decoder-layer parameters that are pruned, beside none.",
-        default=(0.2,),
+        "Shares of the decoder-layer parameters that are pruned, beside none [as little as max_size needs, else 20%].",
+        default=None,
         metavar="SHARE,SHARE",
     )
     vocabulary: list[str] | None = option(
@@ -95,6 +101,11 @@ class FrontierSettings:
     )
 
     @property
+    def asks_for_more_than_size(self) -> bool:
+        """Whether a smaller model than fits may be wanted: a faster one, or the smallest of a quality."""
+        return self.min_speedup is not None or self.max_perplexity_increase is not None
+
+    @property
     def has_budget(self) -> bool:
         """Whether anything is wanted."""
         return any(each is not None for each in (self.max_size, self.min_speedup, self.max_perplexity_increase))
@@ -120,6 +131,10 @@ class Candidate:
         pruned = f"pruned {self.sparsity:.0%}" if self.sparsity else "dense"
         tokens = f", {' and '.join(self.scripts)} only" if self.scripts else ""
         return f"{pruned}{tokens}, {self.weights}" + ", trained" * (self.weights == TRAINED)
+
+    def pruned(self, sparsity: float) -> Candidate:
+        """The same with another share pruned."""
+        return dataclasses.replace(self, sparsity=sparsity)
 
     @property
     def folder(self) -> str:
@@ -408,23 +423,15 @@ class _Walk:
         is_ours = (self.output / FRONTIER).is_file()
         check_folder(self.output, overwrite=is_ours, sources=[self.model] if Path(self.model).exists() else [])
         known = self._known()
-        candidates = list(self._candidates())
-        # All that can be refused is, before any of it is made.
-        smallest = min((self._least(each), each.name) for each in candidates if each.weights != FLOAT)
-        limit = self.settings.max_size
-        if limit is not None and smallest[0] > limit:
-            raise ValueError(
-                f"max_size={format_bytes(limit)} can't be kept: the smallest that is tried ({smallest[1]}) takes "
-                f"{format_bytes(smallest[0])} with every weight in 4 bits. Give more, or prune more (sparsities)."
-            )
+        self._refuse_what_cannot_fit()
         self.output.mkdir(parents=True, exist_ok=True)
         self._write()
-        for number, candidate in enumerate(candidates, 1):
+        for candidate in self._candidates():
             reason = self._reason_against(candidate)
             if reason is not None:
                 self.left[candidate.name] = reason
                 continue
-            logger.info("%d of %d: %s.", number, len(candidates), candidate.name)
+            logger.info("Candidate %d: %s.", len(self.points) + 1, candidate.name)
             try:
                 self.points.append(self._made(candidate, known))
             except BudgetError as error:
@@ -435,13 +442,52 @@ class _Walk:
         return self._write()
 
     def _candidates(self) -> Iterator[Candidate]:
+        """What is tried; how much is pruned, only when what isn't pruned is there."""
         yield Candidate(0.0, FLOAT)
+        yield from self._of(0.0)
+        for sparsity in self._sparsities():
+            yield from self._of(sparsity)
+
+    def _of(self, sparsity: float) -> Iterator[Candidate]:
+        """Every way to store a model of which so much is pruned."""
         weights = ["int8", "int4"]
         weights += [MIXED] * (self.settings.max_size is not None) + [TRAINED] * self.settings.distil
         scripts = tuple(self.settings.vocabulary or ())
-        for sparsity in (0.0, *sorted(self.settings.sparsities)):
-            for kept in ((), scripts) if scripts else ((),):
-                yield from (Candidate(sparsity, each, kept) for each in weights)
+        for kept in ((), scripts) if scripts else ((),):
+            yield from (Candidate(sparsity, each, kept) for each in weights)
+
+    def _sparsities(self) -> list[float]:
+        """How much is pruned: what is asked for, or of each way to store weights the least with which a size fits."""
+        if self.settings.sparsities is not None:
+            return sorted(self.settings.sparsities)
+        limit = self.settings.max_size
+        if limit is None:
+            return [_USUAL]
+        steps = [step / 100 for step in range(1, round(100 * _MOST) + 1)]
+        wanted = [each.candidate for each in self.points if each.candidate.weights in ("int4", TRAINED)]
+        wanted = [each for each in wanted if self._expected_bytes(each) > limit]
+        found = {
+            next((step for step in steps if self._expected_bytes(each.pruned(step)) <= _FILLED * limit), None)
+            for each in wanted
+        }
+        return sorted(each for each in found if each is not None) or [_USUAL]
+
+    def _refuse_what_cannot_fit(self) -> None:
+        """Refuse what can be refused before anything is made.
+
+        Raises:
+            ValueError: nothing that is tried is as small as what is asked for, or something can't be tried.
+        """
+        limit, asked = self.settings.max_size, self.settings.sparsities
+        sparsities = [_USUAL if limit is None else _MOST] if asked is None else asked
+        # All are worked out, whatever is asked for: what can't be pruned so much, or keep so few tokens, says so here.
+        tried = [each for sparsity in (0.0, *sparsities) for each in self._of(sparsity)]
+        size, name = min((self._least(each), each.name) for each in tried)
+        if limit is not None and size > limit:
+            raise ValueError(
+                f"max_size={format_bytes(limit)} can't be kept: the smallest that is tried ({name}) takes "
+                f"{format_bytes(size)} with every weight in 4 bits. Give more, or prune more (sparsities)."
+            )
 
     def _chain(self, candidate: Candidate) -> Chain:
         config, stages = self.config, list[Stage]()
@@ -482,10 +528,34 @@ class _Walk:
     def _least(self, candidate: Candidate) -> int:
         """Bytes that a candidate takes with every weight in as few bits as it may have."""
         form = FOUR_WIDE if candidate.weights == TRAINED else FOUR
+        return least_bytes(self._parameters(candidate), form)
+
+    def _is_only_smaller(self, candidate: Candidate) -> bool:
+        """Whether only a size is asked for, and what is the same with less pruned keeps to it."""
+        if self.settings.sparsities is not None or self.settings.asks_for_more_than_size:
+            return False
+        return any(
+            point.candidate.pruned(candidate.sparsity) == candidate
+            and point.candidate.sparsity < candidate.sparsity
+            and keeps(point, self.settings)
+            for point in self.points
+        )
+
+    def _expected_bytes(self, candidate: Candidate) -> int:
+        """What a pruned candidate will take: what isn't pruned takes, without what goes; 0 where that isn't known."""
+        whole = next((each for each in self.points if each.candidate == candidate.pruned(0.0)), None)
+        form = RECIPES[candidate.weights].layers if candidate.weights in RECIPES else None
+        if whole is None or form is None:
+            return 0
+        gone = whole.evaluations[0].parameters - self._parameters(candidate)
+        return whole.size - least_bytes(gone, form)
+
+    def _parameters(self, candidate: Candidate) -> int:
+        """Parameters of a candidate, about."""
         # Those that share a folder share them; reading a large vocabulary takes a while.
         if candidate.folder not in self.parameters:
             self.parameters[candidate.folder] = self._chain(candidate).parameters_after
-        return least_bytes(self.parameters[candidate.folder], form)
+        return self.parameters[candidate.folder]
 
     def _reason_against(self, candidate: Candidate) -> str | None:
         """Why a candidate isn't made; `None` if it is."""
@@ -497,6 +567,11 @@ class _Walk:
             size = self._least(candidate)
             if size > limit:
                 return f"with every weight in 4 bits it takes {format_bytes(size)}, more than {format_bytes(limit)}"
+            expected = self._expected_bytes(candidate)
+            if candidate.sparsity and expected > limit:
+                return f"it takes some {format_bytes(expected)}, more than {format_bytes(limit)}"
+            if self._is_only_smaller(candidate):
+                return "with less pruned it fits"
         if candidate.weights == MIXED:
             fits = next(
                 (p for p in self.points if p.candidate.folder == candidate.folder and p.size <= (limit or 0)), None

@@ -82,6 +82,25 @@ def test_every_candidate_is_made_measured_and_kept(made, tmp_path):
     assert sized.chosen.increase == min(point.increase for point in sized.points if point.size <= limit)
 
 
+def test_for_a_size_as_little_is_pruned_as_fits(made, tmp_path):
+    asked = FrontierSettings(text=[str(made / "dog.txt")], distil=False)
+    config = CompConfig(num_samples=8, sequence_length=32, round_to=16)
+    given = {"config": config, "calibration": str(made / "cat.txt"), "measuring": MEASURING}
+    dense = {
+        point.candidate.weights: point.size
+        for point in find_frontier(
+            made / "model", tmp_path / "out", dataclasses.replace(asked, sparsities=[]), **given
+        ).points
+    }
+    limit = dense["int4"] - 5000
+    found = find_frontier(made / "model", tmp_path / "out", dataclasses.replace(asked, max_size=limit), **given)
+    (pruned,) = (each for each in found.points if each.candidate.sparsity)
+    assert found.chosen is not None and pruned.candidate.weights == "int4"
+    assert 0.9 * limit < pruned.size <= limit
+    assert 0 < pruned.candidate.sparsity < 0.2
+    assert any("more than" in reason for reason in found.left.values())
+
+
 @pytest.mark.slow
 def test_training_for_fewer_bits_is_a_candidate(made, tmp_path):
     found = walk(made, tmp_path / "out", distil=True, distil_time=5)
@@ -133,7 +152,7 @@ def test_fewer_tokens_are_a_candidate_and_compared_by_bytes(made, tmp_path):
 
 def test_a_budget_that_nothing_keeps_to_says_what_comes_nearest(made, tmp_path):
     # Weights alone would fit; the graph around them doesn't.
-    limit = sum(each.numel() for each in tiny_model("llama").parameters()) * 5 // 8
+    limit = sum(each.numel() for each in tiny_model("llama").parameters()) * 9 // 16
     done = run(
         *("frontier", "--model", made / "model", "--sparsities", "0.3", "--text", made / "dog.txt"),
         *("--calibration", made / "cat.txt", "--num-samples", "8", "--sequence-length", "32", "--round-to", "8"),
