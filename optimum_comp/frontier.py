@@ -7,6 +7,7 @@ ever more pruned, of a size that is asked for as little as will fit, as long as 
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import json
 import math
@@ -463,14 +464,33 @@ class _Walk:
         limit = self.settings.max_size
         if limit is None:
             return [_USUAL]
-        steps = [step / 100 for step in range(1, round(100 * _MOST) + 1)]
         wanted = [each.candidate for each in self.points if each.candidate.weights in ("int4", TRAINED)]
         wanted = [each for each in wanted if self._expected_bytes(each) > limit]
-        found = {
-            next((step for step in steps if self._expected_bytes(each.pruned(step)) <= _FILLED * limit), None)
-            for each in wanted
-        }
-        return sorted(each for each in found if each is not None) or [_USUAL]
+        found = {self._least_sparsity(each, _FILLED * limit) for each in wanted}
+        return sorted(each for each in found if each is not None) or [
+            share for share in (_USUAL,) if self._can_be(Candidate(share, FLOAT))
+        ]
+
+    def _least_sparsity(self, candidate: Candidate, size: float) -> float | None:
+        """The least share, in hundredths, that has to be pruned for a size; `None` if that can't be."""
+
+        def is_enough(hundredths: int) -> bool:
+            share = hundredths / 100
+            # Past what can be pruned, so that what is looked for isn't above that.
+            return not self._can_be(candidate.pruned(share)) or self._expected_bytes(candidate.pruned(share)) <= size
+
+        tried = range(1, round(100 * _MOST) + 1)
+        place = bisect.bisect_left(tried, True, key=is_enough)
+        found = candidate.pruned(tried[place] / 100) if place < len(tried) else None
+        return found.sparsity if found is not None and self._can_be(found) else None
+
+    def _can_be(self, candidate: Candidate) -> bool:
+        """Whether so much of the model can be pruned."""
+        try:
+            self._parameters(candidate)
+        except ValueError:
+            return False
+        return True
 
     def _refuse_what_cannot_fit(self) -> None:
         """Refuse what can be refused before anything is made.
@@ -478,10 +498,14 @@ class _Walk:
         Raises:
             ValueError: nothing that is tried is as small as what is asked for, or something can't be tried.
         """
-        limit, asked = self.settings.max_size, self.settings.sparsities
-        sparsities = [_USUAL if limit is None else _MOST] if asked is None else asked
-        # All are worked out, whatever is asked for: what can't be pruned so much, or keep so few tokens, says so here.
-        tried = [each for sparsity in (0.0, *sparsities) for each in self._of(sparsity)]
+        limit, sparsities = self.settings.max_size, self.settings.sparsities
+        # What can't be pruned so much, or keep so few tokens, says so here.
+        tried = [each for sparsity in (0.0, *(sparsities or ())) for each in self._of(sparsity)]
+        if sparsities is None and limit is None:
+            tried += self._of(_USUAL)
+        elif sparsities is None:
+            shares = (share / 100 for share in range(round(100 * _MOST), 0, -10))
+            tried += self._of(next((share for share in shares if self._can_be(Candidate(share, FLOAT))), 0.0))
         size, name = min((self._least(each), each.name) for each in tried)
         if limit is not None and size > limit:
             raise ValueError(

@@ -32,12 +32,15 @@ def made(request, tmp_path_factory):
 
 def test_it_generates_what_pytorch_does(made):
     model, folder = made
-    plain = PlainModel(folder / "onnx", threads=1)
+    plain, growing = (PlainModel(folder / "onnx", threads=1, in_place=each) for each in (True, False))
+    assert plain._in_place is not None and growing._in_place is None
     mask = torch.ones_like(PROMPTS)
     mask[0, :4] = 0
     for given in (torch.ones_like(PROMPTS), mask):
         settings = {"attention_mask": given, "max_new_tokens": 12, "min_new_tokens": 6, "do_sample": False}
-        assert torch.equal(plain.generate(PROMPTS, **settings), model.generate(PROMPTS, **settings))
+        expected = model.generate(PROMPTS, **settings)
+        assert torch.equal(plain.generate(PROMPTS, **settings), expected)
+        assert torch.equal(growing.generate(PROMPTS, **settings), expected)
 
 
 def test_an_answer_ends_where_the_model_says(made):

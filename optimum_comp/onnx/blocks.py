@@ -49,8 +49,8 @@ def rounded_already(graph: Any, assignment: Assignment) -> dict[str, Blocks]:
         assignment: which nodes, and how.
 
     Returns:
-        Node -> its codes and scales, for those nodes of 4 bits whose weight lies on a grid of its format, in blocks that
-        may be smaller: those that fit best are others where zeros filled a layer up while it was trained.
+        Node -> its codes and scales, for those nodes of 4 bits whose weight lies on a grid of its format, in blocks
+        that may be smaller: those that fit best are others where zeros filled a layer up while it was trained.
     """
     found = {}
     for node in dense_nodes(graph):
