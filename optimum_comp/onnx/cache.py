@@ -26,6 +26,11 @@ _OF_ANY_PAST = (0, 2, -2, -4)
 """Places of batch and length, which an empty past of another shape has right, too."""
 
 
+def present_of(past: str) -> str:
+    """Name of what a past becomes."""
+    return past.replace(PAST, PRESENT, 1)
+
+
 def open_cache(path: str | Path) -> int:
     """Have a graph take an empty past of any heads and width, so that `ORTModelForCausalLM` runs it whatever they are.
 
@@ -86,7 +91,7 @@ def cache_shapes(graph: Any, *, inputs: bool = True) -> dict[str, tuple[int, int
     for value in graph.input:
         if value.name.startswith(PAST) and len(value.type.tensor_type.shape.dim) == 4:
             sizes = _sizes(value) if inputs else (0, 0)
-            present = said.get(value.name.replace(PAST, PRESENT, 1))
+            present = said.get(present_of(value.name))
             found[value.name] = sizes if present is None else _either(sizes, _sizes(present))
     return found
 

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from optimum_comp.onnx.cache import HEADS, PAST, PRESENT, WIDTH
+from optimum_comp.onnx.cache import HEADS, WIDTH, present_of
 from optimum_comp.onnx.folders import MODEL_NAME
 from optimum_comp.onnx.graph import ATTENTION, dense_nodes, matrices, needs_external_data
 from optimum_comp.onnx.logits import keep_asked_logits
@@ -414,7 +414,7 @@ def _take_past(graph: Any, attention: Iterable[Any], head_size: int, *, any_empt
         target = f"comp_past_of_{heads}"
         for place in (_KEY_PAST, _VALUE_PAST):
             past = each.input[place]
-            for name in (past, past.replace(PAST, PRESENT, 1)):
+            for name in (past, present_of(past)):
                 values[name][HEADS].dim_value, values[name][WIDTH].dim_value = heads, head_size
             if any_empty:
                 targets[target] = np.array([0, heads, -1, head_size], np.int64)

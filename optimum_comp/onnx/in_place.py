@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from optimum_comp.onnx.cache import PAST, PRESENT, cache_shapes
+from optimum_comp.onnx.cache import PAST, cache_shapes, present_of
 from optimum_comp.onnx.graph import ATTENTION, read_without_weights
 from optimum_comp.onnx.logits import KEPT, POSITIONS, keeps_asked_logits
 
@@ -40,7 +40,7 @@ class InPlace:
         pasts = [name for name in inputs if name.startswith(PAST)]
         self._tokens = [name for name in inputs if name not in pasts]
         self._keeps_asked = POSITIONS in inputs and keeps_asked_logits(inputs[POSITIONS].shape)
-        presents = [_present(name) for name in pasts]
+        presents = [present_of(name) for name in pasts]
         self.shapes: dict[str, tuple[int, int]] = {}
         if (
             not pasts
@@ -56,6 +56,12 @@ class InPlace:
         is_right = [rows, length] == [asked, KEPT if self._keeps_asked else there]
         if is_right and isinstance(self._vocabulary, int):
             self.shapes = shapes_in_place(path)
+
+    @classmethod
+    def of(cls, session: Any, path: Path) -> InPlace | None:
+        """The same, if this graph's cache can stay in its place."""
+        found = cls(session, path)
+        return found if found.shapes else None
 
     def run(
         self,
@@ -125,7 +131,7 @@ class Room:
             # Zeros, since what is masked is multiplied by 0, and what was in memory before may be NaN.
             self.tensors.append(torch.zeros(sequences, heads, self.capacity, width))
             self._bind(self._binding.bind_input, past, self.tensors[-1])
-            self._bind(self._binding.bind_output, _present(past), self.tensors[-1])
+            self._bind(self._binding.bind_output, present_of(past), self.tensors[-1])
 
     def copy(self, count: int, tokens: int) -> Room:
         """Another with the first tokens of this one, and room for twice as many as before if they are too many."""
@@ -183,11 +189,6 @@ class Kept(tuple):
 def kept(logits: Tensor, count: int | Tensor) -> Tensor:
     """Logits of the last tokens, or of those of some indices; all of them where there are no more."""
     return logits[:, -count:] if isinstance(count, int) else logits[:, count]
-
-
-def _present(past: str) -> str:
-    """Name of what a past becomes."""
-    return past.replace(PAST, PRESENT, 1)
 
 
 def shapes_in_place(path: Path) -> dict[str, tuple[int, int]]:

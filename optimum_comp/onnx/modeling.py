@@ -32,8 +32,7 @@ class ORTModelForCausalLM(OptimumModel):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         is_plain = self.can_use_cache and self.provider == "CPUExecutionProvider" and not self.use_io_binding
-        graph = InPlace(self.session, self.path) if is_plain else None
-        self._in_place = graph if graph is not None and graph.shapes else None
+        self._in_place = InPlace.of(self.session, self.path) if is_plain else None
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, past_key_values: Any = None, attention_mask: Any = None, **kwargs: Any

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from optimum_comp.onnx.cache import PAST, PRESENT
+from optimum_comp.onnx.cache import present_of
 from optimum_comp.onnx.folders import MODEL_NAME
 from optimum_comp.onnx.in_place import InPlace, Kept, kept
 from optimum_comp.onnx.logits import POSITIONS
@@ -63,9 +63,8 @@ class PlainModel:
         self.generation_config = GenerationConfig.from_pretrained(folder) if named else GenerationConfig()
         path = Path(folder) / MODEL_NAME
         self._runner = GraphRunner(path, threads)
-        graph = InPlace(self._runner.session, path) if in_place else None
-        self._in_place = graph if graph is not None and graph.shapes else None
-        self._outputs = ["logits", *(name.replace(PAST, PRESENT, 1) for name in self._runner.cache_names)]
+        self._in_place = InPlace.of(self._runner.session, path) if in_place else None
+        self._outputs = ["logits", *(present_of(name) for name in self._runner.cache_names)]
 
     def forward(
         self,

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from optimum_comp.onnx.cache import HEADS, PAST, PRESENT, WIDTH
+from optimum_comp.onnx.cache import HEADS, PAST, WIDTH, present_of
 
 
 def is_transformers_5() -> bool:
@@ -174,7 +174,7 @@ class GraphRunner:
 
     def _size(self, name: str, place: int) -> int:
         """A dimension of a past, as the input or the output that continues it says."""
-        for shape in (self._inputs[name], self._outputs.get(name.replace(PAST, PRESENT, 1))):
+        for shape in (self._inputs[name], self._outputs.get(present_of(name))):
             if shape is not None and isinstance(shape[place], int):
                 return int(shape[place])
         raise ValueError(f"the graph doesn't say the shape of its cache {name!r}.")
@@ -195,7 +195,7 @@ class CachedDecoder:
     def logits(self, tokens: Sequence[int]) -> Any:
         """Logits `[len(tokens), vocabulary]` of tokens that follow those that were read before."""
         names = self._runner.cache_names
-        outputs = ["logits", *(name.replace(PAST, PRESENT) for name in names)]
+        outputs = ["logits", *(present_of(name) for name in names)]
         logits, *cache = self._runner.run(np.array([tokens], np.int64), outputs, self._cache, start=self._read)
         self._cache = dict(zip(names, cache, strict=True))
         self._read += len(tokens)
