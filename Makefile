@@ -64,8 +64,9 @@ test-arm64: $(READY) models/smollm2/config.json  ## Run quantized models on emul
 lint: $(READY)  ## Check style and format
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-types: $(READY)  ## Check types
+types: $(READY)  ## Check types, and that every test imports what there is
 	$(BIN)/mypy
+	$(BIN)/python -m pytest --collect-only -qq -m ''
 
 check: lint types test  ## Lint, types and default tests
 

@@ -15,8 +15,9 @@ need_onnx()
 import onnx  # noqa: E402
 
 from optimum_comp.onnx.attention import group_heads  # noqa: E402
+from optimum_comp.onnx.cache import present_of  # noqa: E402
 from optimum_comp.onnx.export import export_onnx  # noqa: E402
-from optimum_comp.onnx.runtime import PAST, PRESENT, GraphRunner  # noqa: E402
+from optimum_comp.onnx.runtime import GraphRunner  # noqa: E402
 from optimum_comp.onnx.shapes import expand_target, fold_shapes, infer_shapes, reshape_target  # noqa: E402
 
 
@@ -142,7 +143,7 @@ def assert_same(path, changed):
     """At several batches, at the prompt and behind a cache."""
     runners = [GraphRunner(path), GraphRunner(changed)]
     caches = runners[0].cache_names
-    outputs = ["logits", *(each.replace(PAST, PRESENT) for each in caches)]
+    outputs = ["logits", *(present_of(each) for each in caches)]
     for batch in (1, 3):
         tokens = torch.randint(3, 128, (batch, 11), generator=torch.Generator().manual_seed(batch)).numpy()
         prompts = [runner.run(tokens[:, :7], outputs) for runner in runners]
