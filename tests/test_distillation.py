@@ -17,13 +17,16 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from optimum_comp import CompConfig, CompPruner
-from optimum_comp.calibration.self_written import converse
+from optimum_comp.calibration.self_written import _own_requests, converse
 from optimum_comp.core.distillation import divergence
 from optimum_comp.core.rounding import compensated, nearest, on_grid, straight_through, within_its_codes
 from optimum_comp.distillation import trainer
-from optimum_comp.distillation.run import distil, learning_rate, memory_of, micro_batch
+from optimum_comp.distillation.planning import memory_of, micro_batch
+from optimum_comp.distillation.run import distil, learning_rate
 from optimum_comp.distillation.settings import DistilSettings
 from optimum_comp.distillation.texts import Stream, TextBlocks, sources_of
+from optimum_comp.families import family_of
+from optimum_comp.families.cutting import dead_units, parameter_shapes
 
 
 TEXT = "The cat sat on the mat and looked at the moon; nobody knew what it thought of the stars.\n" * 40
@@ -279,6 +282,21 @@ def test_low_rank_additions_are_merged(models, tmp_path):
     )
 
 
+def test_zeros_that_fill_a_layer_up_are_not_trained(models, tmp_path):
+    """Layers are trained at their real widths, and are filled up again afterwards."""
+    found = distilled(models, tmp_path / "out", student="adaptive")
+    assert found.after["text.txt"] < found.before["text.txt"]
+    before, after = (AutoModelForCausalLM.from_pretrained(each) for each in (models / "adaptive", tmp_path / "out"))
+    family = family_of(before.config)
+    dead = dead_units(family, before)
+    assert any(each.any() for each in dead)
+    assert [int(each.sum()) for each in dead_units(family, after)] == [int(each.sum()) for each in dead]
+    assert before.config.comp_widths == after.config.comp_widths
+    whole = sum(each.numel() for each in before.parameters()) - before.get_input_embeddings().weight.numel()
+    assert found.parameters < whole
+    assert parameter_shapes(after) == parameter_shapes(before)
+
+
 def test_trained_rounded_weights_lie_on_the_grid(models, tmp_path):
     found = distilled(models, tmp_path / "out", rounding="int4")
     assert found.after["text.txt"] < found.before["text.txt"]
@@ -499,6 +517,49 @@ def test_a_chat_model_answers_many_requests(models):
     assert torch.equal(state, torch.get_rng_state())
     # The request stands in front of the answer, in the template's words.
     assert any(word in tiny_tokenizer().decode(first[0]) for word in ("Write", "Explain", "Give", "Answer", "Tell"))
+
+
+def test_a_chat_model_thinks_of_requests_itself(models):
+    model = AutoModelForCausalLM.from_pretrained(models / "dense").eval()
+    tokenizer = tiny_tokenizer()
+    # So many tokens are ends that most of what it writes comes to one.
+    model.generation_config.eos_token_id = list(range(64, 128))
+    tokenizer.chat_template = "<s>{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    torch.manual_seed(0)
+    requests = _own_requests(model, tokenizer, 8, 16)
+    assert 0 < len(requests) <= 8
+    assert all(0 < len(each) < 16 and not set(tokenizer(each).input_ids) & set(range(64, 128)) for each in requests)
+    torch.manual_seed(0)
+    said = tokenizer.decode(converse(model, tokenizer, 3, 40, 0, together=16).flatten())
+    # Half are its own.
+    assert sum(each in said for each in ("Write", "Explain", "Give", "Answer", "Tell")) > 0
+    assert any(part and not part.startswith("W") for part in said.split("<s>"))
+    # Without anything that says where a user speaks, there is nothing to go on from, and without an end no request.
+    assert _own_requests(model, tiny_tokenizer(), 8, 16) == []
+    model.generation_config.eos_token_id = None
+    assert _own_requests(model, tokenizer, 8, 16) == []
+
+
+def test_what_was_written_to_calibrate_is_not_written_again(models, tmp_path, monkeypatch):
+    from optimum_comp.compress import run as run_recipe
+    from optimum_comp.distillation import run as distillation
+    from optimum_comp.stages.recipe import Recipe
+
+    def refused(*_, **__):
+        raise AssertionError("it writes once more")
+
+    mix = f"{models / 'text.txt'}:0.5,self:0.5"
+    prune = {"sparsity": 0.4, "num_samples": 8, "sequence_length": 32, "round_to": 8, "calibration": mix}
+    stages = [{"prune": prune}, {"distil": {**SMALL, "steps": 2, "written_tokens": 100}}]
+    recipe = {"model": str(models / "dense"), "stages": stages, "measure": False}
+    with monkeypatch.context() as patch:
+        patch.setattr(distillation, "write_self", refused)
+        run_recipe(Recipe.from_dict(recipe), tmp_path / "out")
+    stages[1]["distil"]["written_tokens"] = 200
+    run_recipe(Recipe.from_dict(recipe), tmp_path / "more")
+    told = json.loads((tmp_path / "more" / "pruned-distilled" / "comp_distil.json").read_text())
+    # Of 200 tokens 128 are there, so three blocks of 32 are written.
+    assert told["texts"]["self"] == {"share": 0.5, "samples": 6, "held_out": 1}
 
 
 def test_the_command_says_what_was_achieved(models, tmp_path):

@@ -246,5 +246,5 @@ def test_a_dead_neuron_is_dropped_and_the_model_computes_the_same():
         model.model.layers[0].mlp.down_proj.weight[:, 5:70] = 0
         model.model.layers[2].mlp.down_proj.weight[:, :] = 0
         wanted = model(tokens).logits
-        assert drop_dead_units(family, model, 32) == [32, 96, 32, 96]
+        assert drop_dead_units(family, model) == [32, 96, 32, 96]
         torch.testing.assert_close(model(tokens).logits, wanted, rtol=0, atol=1e-6)

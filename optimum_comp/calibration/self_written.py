@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,14 @@ _LOGIT_BYTES = 128
 """For each token that may come next, while one is drawn: its logit, sorted with its place, summed up, and copies of
 these; measured."""
 _TOP_P = 0.95
-_TEMPERATURE = 1.0
+_TEMPERATURE, _TEMPERATURE_OF_ANSWERS = 1.0, 0.7
+"""Text and requests are to be of every kind; answers are to be as they are when somebody asks, since a small model
+that draws what is unlikely soon talks of nothing."""
 _EPSILON = 1e-3
 """Tokens less likely than that aren't drawn (Hewitt et al., arXiv 2210.15191)."""
+_REQUEST_TOKENS = 64
+_HERE = "\u2026"
+"""What a chat template is given to show where a request stands."""
 
 
 def write_self(
@@ -147,6 +152,10 @@ def converse(
 ) -> Tensor:
     """Have a chat model answer requests of many kinds, and cut what both said, template included, into blocks.
 
+    Every other request is one that the model thinks of itself: it goes on where its template has a user speak (Xu et
+    al., "Magpie", arXiv 2406.08464), so they are what such models are asked, in their own languages. The others
+    (`prompts`) have it write what few ask for: stories, speeches, reports.
+
     Args:
         model: a causal language model of transformers.
         tokenizer: its tokenizer, with a chat template.
@@ -159,18 +168,7 @@ def converse(
         `[num_samples, sequence_length]`, int64.
     """
     needed = num_samples * sequence_length
-    ends = getattr(model.generation_config, "eos_token_id", None)
-    ends = set(ends) if isinstance(ends, list) else {ends}
-    settings = GenerationConfig(
-        do_sample=True,
-        temperature=_TEMPERATURE,
-        top_k=0,
-        # In place of a nucleus, which would have the whole vocabulary sorted for every token.
-        epsilon_cutoff=_EPSILON,
-        max_new_tokens=sequence_length,
-        eos_token_id=getattr(model.generation_config, "eos_token_id", None),
-        pad_token_id=0,
-    )
+    ends = _ends(model)
     asked = prompts(seed)
     written: list[Tensor] = []
     with seeded(seed, model.device):
@@ -180,14 +178,12 @@ def converse(
             while needed > 0:
                 # The last ones wait for the slowest, so no more are asked than will do.
                 usual = sum(map(len, written)) / len(written) if written else sequence_length
-                requests = [_request(tokenizer, next(asked)) for _ in range(min(together, math.ceil(needed / usual)))]
-                longest = max(map(len, requests))
-                ids = torch.tensor([[0] * (longest - len(each)) + each for each in requests], device=model.device)
-                there = torch.tensor([[0] * (longest - len(each)) + [1] * len(each) for each in requests])
-                answers = model.generate(
-                    ids, attention_mask=there.to(model.device), generation_config=settings, use_cache=True
-                )
-                for request, answer in zip(requests, answers[:, longest:].cpu(), strict=True):
+                count = min(together, math.ceil(needed / usual))
+                own = _own_requests(model, tokenizer, count // 2, min(_REQUEST_TOKENS, sequence_length))
+                requests = [_request(tokenizer, each) for each in own]
+                requests += [_request(tokenizer, next(asked)) for _ in range(count - len(own))]
+                answers = _answers(model, requests, _TEMPERATURE_OF_ANSWERS, sequence_length)
+                for request, answer in zip(requests, answers, strict=True):
                     over = [place for place, token in enumerate(answer.tolist()) if token in ends][:1]
                     # Without an end, it was cut off: what is there is as good.
                     whole = torch.cat([torch.tensor(request), answer[: over[0] + 1] if over else answer])
@@ -197,11 +193,58 @@ def converse(
     return torch.cat(written)[: num_samples * sequence_length].view(num_samples, sequence_length)
 
 
+def _answers(model: Any, requests: Sequence[list[int]], temperature: float, longest: int) -> Tensor:
+    """How the model goes on after each of several beginnings, `[beginnings, at most longest]`."""
+    settings = GenerationConfig(
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        # In place of a nucleus, which would have the whole vocabulary sorted for every token.
+        epsilon_cutoff=_EPSILON,
+        max_new_tokens=longest,
+        eos_token_id=getattr(model.generation_config, "eos_token_id", None),
+        pad_token_id=0,
+    )
+    width = max(map(len, requests))
+    ids = torch.tensor([[0] * (width - len(each)) + each for each in requests], device=model.device)
+    there = torch.tensor([[0] * (width - len(each)) + [1] * len(each) for each in requests], device=model.device)
+    found = model.generate(ids, attention_mask=there, generation_config=settings, use_cache=True)
+    return cast(Tensor, found)[:, width:].cpu()
+
+
+def _own_requests(model: Any, tokenizer: Any, count: int, longest: int) -> list[str]:
+    """At most `count` requests that the model has a user make; those that come to no end aren't among them."""
+    before, there, _ = _said(tokenizer, _HERE).partition(_HERE)
+    beginning = _encoded(tokenizer, before) if there else []
+    if not beginning or count == 0:
+        return []
+    ends, found = _ends(model), []
+    for tokens in _answers(model, [beginning] * count, _TEMPERATURE, longest).tolist():
+        end = next((place for place, token in enumerate(tokens) if token in ends), None)
+        text = "" if end is None else tokenizer.decode(tokens[:end], skip_special_tokens=True).strip()
+        if text:
+            found.append(text)
+    return found
+
+
+def _ends(model: Any) -> set[int | None]:
+    """Tokens that end what is written."""
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    return set(ends) if isinstance(ends, list) else {ends}
+
+
 def _request(tokenizer: Any, text: str) -> list[int]:
     """A request in the words of a chat template, up to where the answer begins."""
+    return _encoded(tokenizer, _said(tokenizer, text))
+
+
+def _said(tokenizer: Any, text: str) -> str:
     turns = [{"role": "user", "content": text}]
-    said = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    return list(tokenizer(said, add_special_tokens=False)["input_ids"])
+    return str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+
+
+def _encoded(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 @contextlib.contextmanager

@@ -51,11 +51,17 @@ class Calibration:
         tokens: `[num_samples, sequence_length]`, int64.
         source: what the user gave, in words.
         beginning: what each block begins with; `None` for blocks that were given.
+        written: which blocks the model wrote itself, `[num_samples]`, bool; none if `None`.
     """
 
     tokens: Tensor
     source: str
     beginning: Beginning | None = None
+    written: Tensor | None = None
+
+    def without_beginning(self) -> Tensor:
+        """The blocks without what all of them begin with, `[num_samples, length]`."""
+        return self.tokens[:, 0 if self.beginning is None else len(self.beginning.tokens) :]
 
     def describe(self) -> dict[str, Any]:
         """Source, size and a digest of the very tokens, and what blocks begin with, for the report."""
@@ -134,11 +140,12 @@ def prepare_calibration(
         else choose_blocks(tokens, count, sequence_length, seed, name, beginning.tokens)
         for (tokens, name), count in zip(texts, counts, strict=True)
     ]
+    written = torch.tensor([_is_written(each) for each in sources]).repeat_interleave(torch.tensor(counts))
     if not parts:
-        return Calibration(found[0], texts[0][1], beginning)
+        return Calibration(found[0], texts[0][1], beginning, written)
     # Mixed, so that whoever looks at some of them only looks at all sources.
     order = torch.randperm(num_samples, generator=torch.Generator().manual_seed(seed))
-    return Calibration(torch.cat(found)[order], source_name(source), beginning)
+    return Calibration(torch.cat(found)[order], source_name(source), beginning, written[order])
 
 
 def _written(

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 
-_CHUNK_VALUES = 2**23
-"""Logits that are worked on in float32 at a time."""
+_CHUNK_VALUES, _CHUNK_VALUES_GPU = 2**18, 2**23
+"""Logits that are worked on in float32 at a time: on a processor, as many as stay in its cache and need no new pages
+of memory (three to five times as fast as 2^23)."""
 
 
 class _Loss(torch.autograd.Function):
@@ -24,7 +25,8 @@ class _Loss(torch.autograd.Function):
         count, vocabulary = student.shape
         gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.float64, device=student.device)
-        step = max(1, _CHUNK_VALUES // vocabulary)
+        most = _CHUNK_VALUES if student.device.type == "cpu" else _CHUNK_VALUES_GPU
+        step = max(1, most // vocabulary)
         for start in range(0, count, step):
             rows = slice(start, start + step)
             wanted = torch.log_softmax(teacher[rows].float(), -1)

@@ -17,24 +17,24 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers.utils import is_peft_available
 
 from optimum_comp.beginning import Beginning, decide, losses_of_model
 from optimum_comp.calibration.mix import Part
 from optimum_comp.calibration.self_written import write_self
 from optimum_comp.calibration.text import SELF
-from optimum_comp.chain_memory import BASE_BYTES, DISTIL, available_memory, require_memory
+from optimum_comp.chain_memory import DISTIL, require_memory
 from optimum_comp.checkpoint.opening import GENERATION_CONFIG, find_device, open_config, trusted
 from optimum_comp.checkpoint.reader import resolve_folder
 from optimum_comp.checkpoint.source import empty_model, multiplies_bfloat16
 from optimum_comp.checkpoint.tokenizer import TOKENIZER_FILES, open_tokenizer
 from optimum_comp.checkpoint.writer import copy_side_cars, write_portable_config
+from optimum_comp.distillation.planning import TOGETHER, check_settings, choose_rank, disk_of, micro_batch
 from optimum_comp.distillation.rounding import leave_rounded, round_while_training, rounds_head
 from optimum_comp.distillation.settings import DistilSettings
 from optimum_comp.distillation.texts import Stream, TextBlocks, blocks_of, names_of, pieces_of, read_tokens, sources_of
 from optimum_comp.distillation.trainer import Clock, Distiller, arguments, name_best, read_state
-from optimum_comp.families import family_of
-from optimum_comp.families.cutting import dead_units
+from optimum_comp.families import FFN, family_of
+from optimum_comp.families.cutting import dead_units, drop_dead_units, fill_up
 from optimum_comp.files import (
     DISTILLATION,
     LOCK,
@@ -68,13 +68,9 @@ UNFINISHED = ".unfinished"
 """Beside the output, a folder of this suffix holds the checkpoints of a run that isn't finished."""
 _RUN, _BEFORE, _WRITTEN = "run.json", "before.json", "written.safetensors"
 
-_MOST_LOGITS = 2**29
-"""Bytes of the student's logits that are made at a time; the teacher's, and a gradient, are as large."""
 _MOST_STEPS = 10**7
 _OF_THE_RUN = ("time", "steps", "device", "matmul_dtype")
 """Settings that may be others where a run is gone on with."""
-_LORA_RANK = 16
-_TOGETHER = 32
 _RELATIVE, _RELATIVE_ROUNDED = 1.6e-3, 5.3e-4
 """Largest learning rate, relative to the root mean square of the middle one of all weight matrices; measured on
 SmolLM2-135M."""
@@ -131,6 +127,7 @@ def distil(
     *,
     teacher_arguments: Mapping[str, Any] | None = None,
     known: Mapping[str, Tensor] | None = None,
+    written: Tensor | None = None,
     max_memory: int | None = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -148,6 +145,7 @@ def distil(
         settings: how.
         teacher_arguments: passed on to the teacher's `from_pretrained`.
         known: tokens of sources that only memory holds, by the name that `settings.text` gives them.
+        written: tokens that the teacher has written already, for where the text is `self`, `[blocks, length]`.
         max_memory: bytes that the process may take in all; what is free, if `None`.
         overwrite: replace a model that is in `output`, and an unfinished run that isn't to be gone on with or was
             begun otherwise.
@@ -167,112 +165,12 @@ def distil(
         settings or DistilSettings(),
         dict(teacher_arguments or {}),
         dict(known or {}),
+        written,
         max_memory,
         overwrite,
         resume,
         record,
     ).run()
-
-
-def memory_of(student: Any, teacher: Any, settings: DistilSettings, lora_rank: int, *, written: bool) -> int:
-    """About what distilling takes at its worst, in bytes; rather too much than too little.
-
-    Weights, gradients and Adam's two moments of the student, in float32; the teacher's weights; activations that wait
-    for the way back; logits of both and a gradient.
-
-    Args:
-        student: a model, which may be on the meta device.
-        teacher: likewise.
-        settings: how.
-        lora_rank: of additions that are trained in place of the weights; 0 for none.
-        written: the teacher writes text.
-    """
-    config = student.config
-    weights, embedding = parameter_count(student), student.get_input_embeddings().weight.numel()
-    trained = weights - (0 if rounds_head(settings.rounding) else embedding)
-    if lora_rank:
-        trained = weights * lora_rank // 200
-    batch = micro_batch(settings, config.vocab_size)
-    tokens = batch * settings.sequence_length
-    family = family_of(config)
-    layers = family.get_layers(student)
-    hidden, width = family.ffn.consumer.matrix(layers[0]).shape
-    activations = len(layers) * tokens * (16 * hidden + 5 * width) * 4
-    logits = 4 * 3 * tokens * int(config.vocab_size)
-    checkpoint = 4 * weights if lora_rank == 0 else 0
-    rounding = 2 * 4 * weights + 4 * len(layers) * (3 * hidden**2 + width**2) if settings.rounding is not None else 0
-    training = activations + logits + 12 * trained + max(checkpoint, rounding)
-    writing = _TOGETHER * 2 * settings.sequence_length * 4 * hidden * len(layers) if written else 0
-    return BASE_BYTES + 4 * weights + 4 * parameter_count(teacher) + max(training, writing)
-
-
-def choose_rank(
-    student: Any, teacher: Any, settings: DistilSettings, max_memory: int | None, *, written: bool
-) -> tuple[int, int]:
-    """The rank of low-rank additions, 0 to train the weights themselves, and the bytes that it takes.
-
-    Args:
-        student: a model, which may be on the meta device.
-        teacher: likewise.
-        settings: how; their rank, if they have one.
-        max_memory: bytes that the process may take; what it takes and what is free, if `None`.
-        written: the teacher writes text.
-    """
-    rank = settings.lora_rank or 0
-    needed = memory_of(student, teacher, settings, rank, written=written)
-    room = available_memory() if max_memory is None else max_memory
-    is_open = settings.lora_rank is None and settings.rounding is None and (settings.device or "cpu") == "cpu"
-    if is_open and needed > room and is_peft_available():
-        rank = _LORA_RANK
-        needed = memory_of(student, teacher, settings, rank, written=written)
-    return rank, needed
-
-
-def disk_of(parameters: int, lora_rank: int) -> int:
-    """Bytes on the disk: the result, and two checkpoints with Adam's moments while one takes the other's place.
-
-    Args:
-        parameters: of the student.
-        lora_rank: of low-rank additions, whose checkpoints are small; 0 for none.
-    """
-    return (28 if lora_rank == 0 else 8) * parameters
-
-
-def check_settings(student: Any, teacher: Any, settings: DistilSettings) -> None:
-    """Refuse what can be refused by the configs of both models.
-
-    Raises:
-        ValueError: the family isn't supported, the vocabularies differ, samples are too long for the student, or its
-            weights can't be rounded.
-        ImportError: LoRA without `peft`.
-    """
-    family = family_of(student)
-    theirs = getattr(teacher, "vocab_size", None)
-    if student.vocab_size != theirs:
-        raise ValueError(
-            f"the student knows {student.vocab_size:,} tokens and the teacher {theirs or 0:,}; distillation compares "
-            "predictions, so both have to have one vocabulary."
-        )
-    limit = getattr(student, "max_position_embeddings", None)
-    if limit is not None and settings.sequence_length > limit:
-        raise ValueError(
-            f"sequence_length={settings.sequence_length} is more than the {limit} tokens that the model can read."
-        )
-    if settings.lora_rank and not is_peft_available():
-        raise ImportError("lora_rank needs peft: pip install 'optimum-comp[distil]'.")
-    if settings.rounding is not None:
-        layer = family.get_layers(empty_model(student, torch.float32))[0]
-        if not any(isinstance(module, nn.Linear) for module in layer.modules()):
-            raise ValueError(
-                f"rounding={settings.rounding!r} isn't possible here: {student.model_type} has dense layers of its "
-                "own kind. Leave it away."
-            )
-
-
-def micro_batch(settings: DistilSettings, vocabulary: int) -> int:
-    """Samples that are looked at together: all of a step's whose logits have room, and a divisor of their number."""
-    most = max(1, _MOST_LOGITS // (4 * vocabulary * settings.sequence_length))
-    return max(each for each in range(1, settings.batch_size + 1) if settings.batch_size % each == 0 and each <= most)
 
 
 class _Run:
@@ -286,13 +184,15 @@ class _Run:
         settings: DistilSettings,
         teacher_arguments: dict[str, Any],
         known: dict[str, Tensor],
+        written: Tensor | None,
         max_memory: int | None,
         overwrite: bool,
         resume: bool,
         record: Mapping[str, Any] | None,
     ):
         self.model, self.teacher, self.output, self.settings = model, teacher, output, settings
-        self.teacher_arguments, self.known, self.max_memory = teacher_arguments, known, max_memory
+        self.teacher_arguments, self.known, self.written = teacher_arguments, known, written
+        self.max_memory = max_memory
         self.overwrite, self.resume, self.record = overwrite, resume, record
         self.work = output.resolve().with_name(output.resolve().name + UNFINISHED)
 
@@ -495,6 +395,10 @@ class _Run:
         student.generation_config = GenerationConfig()
         student = student.float().to(device)
         family = family_of(student.config)
+        # Zeros that fill a layer up would only cost time, and lie in the blocks that are rounded.
+        layers = family.get_layers(student)
+        widths = [family.counts(student.config, layer)[FFN] for layer in layers]
+        drop_dead_units(family, student)
         if not rounds_head(settings.rounding):
             for module in (student.get_input_embeddings(), student.get_output_embeddings()):
                 if module is not None:
@@ -504,9 +408,7 @@ class _Run:
             round_while_training(student.eval(), family, settings.rounding, looked_at)
         set_seed(settings.seed)
         dead = dead_units(family, student)
-        rate = settings.learning_rate or learning_rate(
-            family.get_layers(student), is_rounded=settings.rounding is not None
-        )
+        rate = settings.learning_rate or learning_rate(layers, is_rounded=settings.rounding is not None)
         if rank:
             student = _with_lora(student, rank)
         trained = sum(each.numel() for each in student.parameters() if each.requires_grad)
@@ -514,10 +416,12 @@ class _Run:
         clock = Clock(settings.steps, settings.seconds, time.monotonic() - started)
         micro = micro_batch(settings, student.config.vocab_size)
         steps = settings.steps or _MOST_STEPS
+        products = _products(settings, device)
+        _narrow_factors(teacher, products)
         trainer = Distiller(
             teacher=teacher,
             clock=clock,
-            products=_products(settings, device),
+            products=products,
             labels=settings.labels,
             model=student,
             args=arguments(
@@ -560,6 +464,7 @@ class _Run:
                 for layer, mask in zip(family.get_layers(student), dead, strict=True):
                     family.ffn.consumer.matrix(layer)[:, mask] = 0
         leave_rounded(student)
+        fill_up(family, student, widths)
         result = Distillation(
             output=self.output,
             steps=made,
@@ -611,13 +516,19 @@ class _Run:
         ]
 
     def _written(self, tokenizer: Any, teacher: Any) -> Tensor:
-        """What the teacher writes: through its chat template if it has one."""
+        """What the teacher writes, `[tokens]`: through its chat template if it has one."""
         path, settings = self.work / _WRITTEN, self.settings
         if path.is_file():
             return load_file(path)["tokens"]
-        samples = max(2, -(-settings.written_tokens // settings.sequence_length))
-        shape = (samples, settings.sequence_length, settings.seed)
-        made = write_self(teacher, tokenizer, *shape, together=min(_TOGETHER, samples))
+        made = torch.empty(0, dtype=torch.int64) if self.written is None else self.written.flatten()
+        samples = -(-(settings.written_tokens - len(made)) // settings.sequence_length)
+        if samples > 0:
+            # Two at least, since one is held out; other requests than a seed as it is has given to calibration.
+            samples, seed = max(2, samples), settings.seed + 1
+            more = write_self(
+                teacher, tokenizer, samples, settings.sequence_length, seed, together=min(TOGETHER, samples)
+            )
+            made = torch.cat([made, more.flatten()])
         with durably(path) as partial:
             save_file({"tokens": made.contiguous()}, partial)
         return made
@@ -676,6 +587,14 @@ def _products(settings: DistilSettings, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if settings.matmul_dtype == "bfloat16" else torch.float32
     has = torch.cuda.is_bf16_supported() if device.type == "cuda" else multiplies_bfloat16(device)
     return torch.bfloat16 if has else torch.float32
+
+
+def _narrow_factors(teacher: nn.Module, dtype: torch.dtype) -> None:
+    """Store a frozen model's factors of products as the products round them, once and not for every step."""
+    for module in teacher.modules():
+        if isinstance(module, nn.Linear) and module.weight.dtype != dtype:
+            # A tied embedding keeps its precision: what it gives isn't a factor.
+            module.weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)
 
 
 def _spread(texts: Sequence[Tensor], count: int) -> Tensor:

@@ -71,8 +71,9 @@ class DistilSettings:
     )
     written_tokens: int = option(
         Integer(1),
-        "Tokens that the teacher writes where the text is self; they are used again and again.",
-        default=8192,
+        "Tokens that the teacher writes where the text is self, used again and again; in a chain, what it wrote to "
+        "calibrate pruning is among them.",
+        default=16384,
     )
     rounding: str | None = option(
         Choice(ROUNDED),

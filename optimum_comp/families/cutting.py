@@ -17,6 +17,8 @@ from optimum_comp.families.spec import FFN, HEADS, KV, Axis, Family
 
 WIDTHS_FIELD = "comp_widths"
 """Field of a pruned model's config: how many neurons of each layer aren't zeros. Nothing reads it to run the model."""
+_MULTIPLE = 32
+"""Widths stay multiples of a block of weights, where they are: kernels are slow with others."""
 
 
 @dataclass(frozen=True)
@@ -102,15 +104,14 @@ def dead_units(family: Family, model: Any) -> list[Tensor]:
     return [family.ffn.consumer.matrix(layer).detach().eq(0).all(0).cpu() for layer in family.get_layers(model)]
 
 
-def drop_dead_units(family: Family, model: Any, multiple: int) -> list[int]:
-    """Take out neurons that nothing is made of (see `dead_units`).
+def drop_dead_units(family: Family, model: Any) -> list[int]:
+    """Take out neurons that nothing is made of (see `dead_units`), down to a multiple of a block of weights.
 
     The model computes the same; its layers then may have different widths, which its config can't say.
 
     Args:
         family: the family.
         model: a causal language model with its weights; changed.
-        multiple: widths stay multiples of this, as far as the layers' are.
 
     Returns:
         Each layer's width afterwards.
@@ -118,13 +119,27 @@ def drop_dead_units(family: Family, model: Any, multiple: int) -> list[int]:
     widths = []
     for layer, dead in zip(family.get_layers(model), dead_units(family, model), strict=True):
         counts, alive = family.counts(model.config, layer), ~dead
-        keep = min(len(alive), max(1, -(-int(alive.sum()) // multiple)) * multiple)
+        keep = min(len(alive), max(1, -(-int(alive.sum()) // _MULTIPLE)) * _MULTIPLE)
         # Those that are alive, and the first others that a multiple has room for.
         kept = torch.argsort(alive, descending=True, stable=True)[:keep].sort().values
         if keep < len(alive):
             cut_layer(family, model.config, layer, [Cut(family.ffn, counts, {FFN: kept})])
         widths.append(keep)
     return widths
+
+
+def fill_up(family: Family, model: Any, widths: Sequence[int]) -> None:
+    """Give layers back the neurons of zeros that `drop_dead_units` took out, behind the others.
+
+    Args:
+        family: the family.
+        model: the model; changed.
+        widths: what each layer is to have.
+    """
+    for layer, width in zip(family.get_layers(model), widths, strict=True):
+        counts = family.counts(model.config, layer)
+        if counts[FFN] < width:
+            fill_layer(family, model.config, layer, counts, {FFN: width})
 
 
 def filled_parameters(model: Any) -> int:

@@ -12,10 +12,6 @@ from optimum_comp.families import family_of
 from optimum_comp.families.cutting import drop_dead_units
 
 
-_MULTIPLE = 32
-"""Widths stay multiples of a block of weights, where they are: kernels are slow with others."""
-
-
 @contextlib.contextmanager
 def real_widths() -> Iterator[None]:
     """Have models that exporters load meanwhile lose the neurons whose output nothing reads.
@@ -35,7 +31,7 @@ def real_widths() -> Iterator[None]:
             except ValueError:
                 # Of a model that can't be pruned, nothing is known; it is exported as it is.
                 return model
-            drop_dead_units(family, model, _MULTIPLE)
+            drop_dead_units(family, model)
         return model
 
     PreTrainedModel.from_pretrained = classmethod(load)

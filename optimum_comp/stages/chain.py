@@ -371,7 +371,8 @@ class Chain:
             record = {"stage": "samples", "key": self.samples_key, **made.describe()}
             clear_debris(self.output / _SAMPLES)
             with atomic_folder(self.output / _SAMPLES, overwrite=True, record=record) as folder:
-                save_file({"tokens": made.tokens.contiguous()}, folder / _TOKENS)
+                kept = {"tokens": made.tokens.contiguous(), "written": made.written}
+                save_file({name: value for name, value in kept.items() if value is not None}, folder / _TOKENS)
             self._samples = made
         return self._samples
 
@@ -706,9 +707,9 @@ def _like(error: Exception, text: str) -> Exception:
 
 def _load_samples(folder: Path) -> Calibration | None:
     try:
-        tokens = load_file(folder / _TOKENS)["tokens"]
+        kept = load_file(folder / _TOKENS)
         told = recorded(folder)
-        found = Calibration(tokens, told["source"], Beginning.from_dict(told))
+        found = Calibration(kept["tokens"], told["source"], Beginning.from_dict(told), kept.get("written"))
         return found if found.describe()["sha256"] == told["sha256"] else None
     except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return None

@@ -106,7 +106,7 @@ class Distil(Stage):
 
     def check(self, chain: Any) -> None:
         """See `Stage`."""
-        from optimum_comp.distillation.run import check_settings
+        from optimum_comp.distillation.planning import check_settings
 
         if self.teacher is None and not chain.prunes and self.settings.rounding is None:
             raise ValueError(
@@ -129,13 +129,13 @@ class Distil(Stage):
 
     def disk_bytes(self, chain: Any) -> int:
         """See `Stage`."""
-        from optimum_comp.distillation.run import disk_of
+        from optimum_comp.distillation.planning import disk_of
 
         return disk_of(int(chain.parameters_after), self.settings.lora_rank or 0)
 
     def memory_bytes(self, chain: Any) -> dict[str, int]:
         """See `Stage`."""
-        from optimum_comp.distillation.run import choose_rank
+        from optimum_comp.distillation.planning import choose_rank
 
         if torch.device(self.settings.device or "cpu").type != "cpu":
             return {}
@@ -156,8 +156,11 @@ class Distil(Stage):
         text, known = self.settings.text, {}
         if text is not None and any(each.startswith(IN_MEMORY) for each in text):
             text = [_SAMPLES if each.startswith(IN_MEMORY) else each for each in text]
+            known = {_SAMPLES: chain.samples().without_beginning()}
+        written = None
+        if chain.prunes and self.teacher is None and any(part.source == SELF for part in sources_of(text)):
             samples = chain.samples()
-            known = {_SAMPLES: samples.tokens[:, 0 if samples.beginning is None else len(samples.beginning.tokens) :]}
+            written = None if samples.written is None else samples.without_beginning()[samples.written]
         found = distil(
             chain.local(source),
             chain.base_model if self.teacher is None else self.teacher,
@@ -165,6 +168,7 @@ class Distil(Stage):
             dataclasses.replace(self.settings, text=text),
             teacher_arguments=chain.base_loading if self.teacher is None else {},
             known=known,
+            written=written,
             max_memory=chain.max_memory,
             overwrite=chain.overwrite,
             resume=True,
