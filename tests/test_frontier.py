@@ -180,6 +180,13 @@ def test_compress_searches_where_only_a_budget_is_given(made, tmp_path):
     given = (*asked, *sizes, "--calibration", made / "cat.txt", "--text", made / "dog.txt", "--window", "32")
     done = run(*given, tmp_path / "out")
     assert "Chosen: dense, float32" in done.stdout and "are left" in done.stdout
+    # On every text that is given, where a chain is measured on one.
+    done = run(*given, "--text", made / "cat.txt", tmp_path / "out")
+    assert "dog.txt" in done.stdout and "cat.txt" in done.stdout
+    done = run(
+        "compress", "--model", made / "model", "--text", "a.txt", "--text", "b.txt", tmp_path / "o", check=False
+    )
+    assert done.returncode == 1 and "--text is given 2 times (a.txt, b.txt)" in done.stderr
     done = run(*asked, "--weights", "int4", tmp_path / "other", check=False)
     assert done.returncode == 1 and "time asks for a search over all levers, and --weights says how" in done.stderr
 

@@ -24,9 +24,7 @@ _LOGIT_BYTES = 128
 """For each token that may come next, while one is drawn: its logit, sorted with its place, summed up, and copies of
 these; measured."""
 _TOP_P = 0.95
-_TEMPERATURE, _TEMPERATURE_OF_ANSWERS = 1.0, 0.7
-"""Text and requests are to be of every kind; answers are to be as they are when somebody asks, since a small model
-that draws what is unlikely soon talks of nothing."""
+_TEMPERATURE = 1.0
 _EPSILON = 1e-3
 """Tokens less likely than that aren't drawn (Hewitt et al., arXiv 2210.15191)."""
 _REQUEST_TOKENS = 64
@@ -42,6 +40,7 @@ def write_self(
     seed: int,
     *,
     start: Sequence[int] = (),
+    temperature: float = _TEMPERATURE,
     together: int | None = None,
 ) -> Tensor:
     """The model's own text: of a chat model, answers to requests of many kinds, else what it writes from nothing.
@@ -53,14 +52,19 @@ def write_self(
         sequence_length: tokens of a block.
         seed: of the sampling; the global random state is left as it was.
         start: tokens that texts begin with, where it writes from nothing.
+        temperature: of the sampling; requests are drawn at 1 whatever it is, to be of every kind.
         together: samples written side by side; another number writes another text. As many as are best if `None`.
 
     Returns:
         `[num_samples, sequence_length]`, int64.
     """
     if is_chat(tokenizer):
-        return converse(model, tokenizer, num_samples, sequence_length, seed, together=together)
-    return write_text(model, tokenizer, num_samples, sequence_length, seed, start=start, together=together)
+        return converse(
+            model, tokenizer, num_samples, sequence_length, seed, temperature=temperature, together=together
+        )
+    return write_text(
+        model, tokenizer, num_samples, sequence_length, seed, start=start, temperature=temperature, together=together
+    )
 
 
 def is_chat(tokenizer: Any) -> bool:
@@ -148,6 +152,7 @@ def converse(
     sequence_length: int,
     seed: int,
     *,
+    temperature: float = _TEMPERATURE,
     together: int | None = None,
 ) -> Tensor:
     """Have a chat model answer requests of many kinds, and cut what both said, template included, into blocks.
@@ -162,6 +167,7 @@ def converse(
         num_samples: blocks.
         sequence_length: tokens of a block.
         seed: of the requests and of the sampling; the global random state is left as it was.
+        temperature: of the answers.
         together: answers written side by side; another number writes another text. `side_by_side` if `None`.
 
     Returns:
@@ -182,7 +188,7 @@ def converse(
                 own = _own_requests(model, tokenizer, count // 2, min(_REQUEST_TOKENS, sequence_length))
                 requests = [_request(tokenizer, each) for each in own]
                 requests += [_request(tokenizer, next(asked)) for _ in range(count - len(own))]
-                answers = _answers(model, requests, _TEMPERATURE_OF_ANSWERS, sequence_length)
+                answers = _answers(model, requests, temperature, sequence_length)
                 for request, answer in zip(requests, answers, strict=True):
                     over = [place for place, token in enumerate(answer.tolist()) if token in ends][:1]
                     # Without an end, it was cut off: what is there is as good.

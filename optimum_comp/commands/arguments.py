@@ -143,15 +143,18 @@ def quantization_settings(args: Any) -> dict[str, Any]:
     return given
 
 
-def add_measuring_arguments(parser: ArgumentParser, without: Iterable[str] = (), **defaults: Any) -> None:
+def add_measuring_arguments(
+    parser: ArgumentParser, without: Iterable[str] = (), group: Any = None, **defaults: Any
+) -> None:
     """What is measured.
 
     Args:
         parser: the parser.
         without: settings that the command leaves out.
+        group: where to; one of its own if `None`.
         defaults: of the command, where they aren't those of `Settings`.
     """
-    group = parser.add_argument_group("measuring")
+    group = group or parser.add_argument_group("measuring")
     taken = {"begins_with", *without, *(action.dest for action in parser._actions)}
     add_options(group, options_of(Settings), {**defaults_of(Settings), **defaults}, without=taken)
 

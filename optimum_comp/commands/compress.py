@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,9 @@ class CompressCommand(CompSubcommand):
         )
         known, defaults = options_of(FrontierSettings), defaults_of(FrontierSettings)
         arguments.add_options(group, known, defaults, without=set(known) - {"sparsities", "min_speedup", "time"})
+        measured = parser.add_argument_group("measuring")
+        text = dataclasses.replace(known["text"], help=f"{known['text'].help} A chain is measured on one.")
+        arguments.add_options(measured, {"text": text}, defaults)
         bundle = parser.add_argument_group("for the phone")
         bundle.add_argument(
             "--bundle",
@@ -85,7 +89,7 @@ class CompressCommand(CompSubcommand):
             "[a recipe with a bundle: OUTPUT/bundle].",
         )
         bundle.add_argument("--ort-format", action="store_true", help="With the model in ORT format, too.")
-        arguments.add_measuring_arguments(parser)
+        arguments.add_measuring_arguments(parser, group=measured)
         parser.add_argument("--no-measure", action="store_true", help="Measure nothing.")
         arguments.add_loading_arguments(parser)
         arguments.add_memory_argument(parser)
@@ -141,9 +145,7 @@ class CompressCommand(CompSubcommand):
                 raise ValueError("give the model (--model).")
             if args.no_measure:
                 raise ValueError("a budget is searched for by measuring: leave --no-measure away.")
-            if args.text is not None:
-                asked["text"] = [args.text]
-            return FrontierSettings(**asked)
+            return FrontierSettings(**asked, **given_options(args, ("text",)))
         only = [name for name in asked if name in ("min_speedup", "sparsities", "time")]
         if only:
             raise ValueError(
@@ -151,6 +153,21 @@ class CompressCommand(CompSubcommand):
                 "one of them away."
             )
         return None
+
+    def _measured_text(self) -> dict[str, str]:
+        """The text that a chain is measured on.
+
+        Raises:
+            ValueError: there are several.
+        """
+        texts = self.args.text or []
+        if len(texts) > 1:
+            raise ValueError(
+                f"--text is given {len(texts)} times ({', '.join(texts)}), and a chain is measured on one; several "
+                "are for a search (--max-size, --min-speedup, --max-perplexity-increase, with nothing said of how to "
+                "keep it), or for comp eval, one after the other."
+            )
+        return {"text": texts[0]} if texts else {}
 
     def _recipe(self, loading: dict[str, Any]) -> Any:
         """The recipe with what the options change in it.
@@ -208,7 +225,7 @@ class CompressCommand(CompSubcommand):
             "stages": {
                 name: settings for name, settings in stages.items() if settings or name in ("bundle", "distil")
             },
-            "measure": False if args.no_measure else measuring_settings(args),
+            "measure": False if args.no_measure else {**measuring_settings(args), **self._measured_text()},
             "loading": loading,
         }
         if args.model is not None:

@@ -74,6 +74,9 @@ _OF_THE_RUN = ("time", "steps", "device", "matmul_dtype")
 _RELATIVE, _RELATIVE_ROUNDED = 1.6e-3, 5.3e-4
 """Largest learning rate, relative to the root mean square of the middle one of all weight matrices; measured on
 SmolLM2-135M."""
+_TEMPERATURE = 0.7
+"""Of what the teacher writes: as when somebody asks, since a small model that draws what is unlikely soon talks of
+nothing."""
 _ROUNDING_SAMPLES = 48
 """Samples that rounding looks at before it is trained."""
 
@@ -525,9 +528,8 @@ class _Run:
         if samples > 0:
             # Two at least, since one is held out; other requests than a seed as it is has given to calibration.
             samples, seed = max(2, samples), settings.seed + 1
-            more = write_self(
-                teacher, tokenizer, samples, settings.sequence_length, seed, together=min(TOGETHER, samples)
-            )
+            shape = (samples, settings.sequence_length, seed)
+            more = write_self(teacher, tokenizer, *shape, temperature=_TEMPERATURE, together=min(TOGETHER, samples))
             made = torch.cat([made, more.flatten()])
         with durably(path) as partial:
             save_file({"tokens": made.contiguous()}, partial)
