@@ -148,7 +148,8 @@ def distil(
         settings: how.
         teacher_arguments: passed on to the teacher's `from_pretrained`.
         known: tokens of sources that only memory holds, by the name that `settings.text` gives them.
-        written: tokens that the teacher has written already, for where the text is `self`, `[blocks, length]`.
+        written: tokens that the teacher has written already, to be trained on, too, where the text is `self`,
+            `[blocks, length]`.
         max_memory: bytes that the process may take in all; what is free, if `None`.
         overwrite: replace a model that is in `output`, and an unfinished run that isn't to be gone on with or was
             begun otherwise.
@@ -523,14 +524,12 @@ class _Run:
         path, settings = self.work / _WRITTEN, self.settings
         if path.is_file():
             return load_file(path)["tokens"]
-        made = torch.empty(0, dtype=torch.int64) if self.written is None else self.written.flatten()
-        samples = -(-(settings.written_tokens - len(made)) // settings.sequence_length)
-        if samples > 0:
-            # Two at least, since one is held out; other requests than a seed as it is has given to calibration.
-            samples, seed = max(2, samples), settings.seed + 1
-            shape = (samples, settings.sequence_length, seed)
-            more = write_self(teacher, tokenizer, *shape, temperature=_TEMPERATURE, together=min(TOGETHER, samples))
-            made = torch.cat([made, more.flatten()])
+        samples = max(2, -(-settings.written_tokens // settings.sequence_length))
+        # Other requests than a seed as it is has given to calibration.
+        shape = (samples, settings.sequence_length, settings.seed + 1)
+        made = write_self(teacher, tokenizer, *shape, temperature=_TEMPERATURE, together=min(TOGETHER, samples))
+        if self.written is not None:
+            made = torch.cat([self.written.flatten(), made.flatten()])
         with durably(path) as partial:
             save_file({"tokens": made.contiguous()}, partial)
         return made

@@ -71,9 +71,9 @@ class DistilSettings:
     )
     written_tokens: int = option(
         Integer(1),
-        "Tokens that the teacher writes where the text is self, used again and again; in a chain, what it wrote to "
-        "calibrate pruning is among them.",
-        default=16384,
+        "Tokens that the teacher writes where the text is self, used again and again; in a chain, beside what it "
+        "wrote to calibrate pruning.",
+        default=8192,
     )
     rounding: str | None = option(
         Choice(ROUNDED),
