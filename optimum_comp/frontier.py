@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from optimum_comp.calibration.text import PYDOC, CalibrationSource
+from optimum_comp.chain_memory import ModelSizes
 from optimum_comp.configuration import CompConfig
 from optimum_comp.distillation.settings import DistilSettings
 from optimum_comp.evaluation import Evaluation, Settings, evaluate_apart
 from optimum_comp.files import FRONTIER, check_folder, durably
-from optimum_comp.onnx.recipes import FOUR, FOUR_WIDE, RECIPES
+from optimum_comp.onnx.recipes import FOUR, RECIPES, Format
 from optimum_comp.onnx.runtime import require_onnxruntime
 from optimum_comp.onnx.search import BudgetError
 from optimum_comp.options import Boolean, Duration, Number, Share, Shares, Size, Subset, Texts, option, settings_class
@@ -268,7 +269,9 @@ class Frontier:
             if point.candidate.sparsity:
                 return said
             alone = "Training for fewer bits" if point.candidate.weights == TRAINED else "Quantization alone"
-            return f"{said} {alone} is best here: no pruned model that keeps to this does as well."
+            if any(each.candidate.sparsity for each in self.points):
+                return f"{said} {alone} is best here: no pruned model that keeps to this does as well."
+            return f"{said} {alone} keeps to it, and has cost less than pruning wherever both were measured."
         if self.settings.has_budget:
             missed = nearest_text(self.settings, self.points)
             return f"Nothing that was made keeps to {wanted_text(self.settings)}. {missed}"
@@ -279,6 +282,12 @@ class Frontier:
             f"Above {format_bytes(largest.size)}, fewer bits alone are best; from there on, pruning is on the front, "
             f"at {largest.increase:+.1%} and more."
         )
+
+
+def _form(candidate: Candidate) -> Format:
+    """How a candidate's decoder layers are stored; of a mix, the least that any may take."""
+    recipe = RECIPES.get(candidate.weights)
+    return recipe.layers if recipe is not None and recipe.layers is not None else FOUR
 
 
 def wanted_text(settings: FrontierSettings) -> str:
@@ -415,7 +424,7 @@ class _Walk:
         self.took: dict[str, float] = {}
         self.points: list[Point] = []
         self.left: dict[str, str] = {}
-        self.parameters: dict[str, int] = {}
+        self.sizes: dict[str, ModelSizes] = {}
 
     def run(self) -> Frontier:
         require_onnxruntime()
@@ -458,13 +467,18 @@ class _Walk:
             yield from (Candidate(sparsity, each, kept) for each in weights)
 
     def _sparsities(self) -> list[float]:
-        """How much is pruned: what is asked for, or of each way to store weights the least with which a size fits."""
+        """How much is pruned: what is asked for, or of each way to store weights the least with which a size fits.
+
+        Nothing if only a size is asked for, and something with nothing pruned keeps to it.
+        """
         if self.settings.sparsities is not None:
             return sorted(self.settings.sparsities)
         limit = self.settings.max_size
         if limit is None:
             return [_USUAL]
-        wanted = [each.candidate for each in self.points if each.candidate.weights in ("int4", TRAINED)]
+        if not self.settings.asks_for_more_than_size and any(keeps(point, self.settings) for point in self.points):
+            return []
+        wanted = [each for each in self._of(0.0) if each.weights in ("int4", TRAINED)]
         wanted = [each for each in wanted if self._expected_bytes(each) > limit]
         found = {self._least_sparsity(each, _FILLED * limit) for each in wanted}
         return sorted(each for each in found if each is not None) or [
@@ -487,7 +501,7 @@ class _Walk:
     def _can_be(self, candidate: Candidate) -> bool:
         """Whether so much of the model can be pruned."""
         try:
-            self._parameters(candidate)
+            self._sizes(candidate)
         except ValueError:
             return False
         return True
@@ -551,8 +565,13 @@ class _Walk:
 
     def _least(self, candidate: Candidate) -> int:
         """Bytes that a candidate takes with every weight in as few bits as it may have."""
-        form = FOUR_WIDE if candidate.weights == TRAINED else FOUR
-        return least_bytes(self._parameters(candidate), form)
+        recipe = RECIPES.get(candidate.weights)
+        layers = _form(candidate)
+        # A mix may have the head in 4 bits, too.
+        head = recipe.head if recipe is not None and recipe.head is not None else layers
+        sizes = self._sizes(candidate)
+        embedding = sizes.vocabulary * sizes.hidden
+        return least_bytes(sizes.parameters - embedding, layers) + least_bytes(embedding, head)
 
     def _is_only_smaller(self, candidate: Candidate) -> bool:
         """Whether only a size is asked for, and what is the same with less pruned keeps to it."""
@@ -566,20 +585,19 @@ class _Walk:
         )
 
     def _expected_bytes(self, candidate: Candidate) -> int:
-        """What a pruned candidate will take: what isn't pruned takes, without what goes; 0 where that isn't known."""
+        """What a candidate will take: what isn't pruned was measured to take, without what goes; else the least."""
         whole = next((each for each in self.points if each.candidate == candidate.pruned(0.0)), None)
-        form = RECIPES[candidate.weights].layers if candidate.weights in RECIPES else None
-        if whole is None or form is None:
-            return 0
-        gone = whole.evaluations[0].parameters - self._parameters(candidate)
-        return whole.size - least_bytes(gone, form)
+        if whole is None:
+            return self._least(candidate)
+        gone = whole.evaluations[0].parameters - self._sizes(candidate).parameters
+        return whole.size - least_bytes(gone, _form(candidate))
 
-    def _parameters(self, candidate: Candidate) -> int:
-        """Parameters of a candidate, about."""
+    def _sizes(self, candidate: Candidate) -> ModelSizes:
+        """Parameters and tokens of a candidate, about."""
         # Those that share a folder share them; reading a large vocabulary takes a while.
-        if candidate.folder not in self.parameters:
-            self.parameters[candidate.folder] = self._chain(candidate).parameters_after
-        return self.parameters[candidate.folder]
+        if candidate.folder not in self.sizes:
+            self.sizes[candidate.folder] = self._chain(candidate).sizes
+        return self.sizes[candidate.folder]
 
     def _reason_against(self, candidate: Candidate) -> str | None:
         """Why a candidate isn't made; `None` if it is."""
@@ -590,9 +608,9 @@ class _Walk:
         if limit is not None:
             size = self._least(candidate)
             if size > limit:
-                return f"with every weight in 4 bits it takes {format_bytes(size)}, more than {format_bytes(limit)}"
+                return f"in as few bits as it may have it takes {format_bytes(size)}, more than {format_bytes(limit)}"
             expected = self._expected_bytes(candidate)
-            if candidate.sparsity and expected > limit:
+            if candidate.sparsity and candidate.weights != MIXED and expected > limit:
                 return f"it takes some {format_bytes(expected)}, more than {format_bytes(limit)}"
             if self._is_only_smaller(candidate):
                 return "with less pruned it fits"

@@ -22,9 +22,11 @@ from optimum_comp.frontier import (  # noqa: E402
     Frontier,
     FrontierSettings,
     Point,
+    _Walk,
     choose,
     find_frontier,
 )
+from optimum_comp.stages.export import ExportSettings  # noqa: E402
 
 
 pytestmark = pytest.mark.usefixtures("measured_here")
@@ -93,12 +95,37 @@ def test_for_a_size_as_little_is_pruned_as_fits(made, tmp_path):
         ).points
     }
     limit = dense["int4"] - 5000
+    # A mix of precisions fits with nothing pruned, so nothing is.
     found = find_frontier(made / "model", tmp_path / "out", dataclasses.replace(asked, max_size=limit), **given)
-    (pruned,) = (each for each in found.points if each.candidate.sparsity)
-    assert found.chosen is not None and pruned.candidate.weights == "int4"
-    assert 0.9 * limit < pruned.size <= limit
-    assert 0 < pruned.candidate.sparsity < 0.2
+    assert found.chosen is not None and found.chosen.candidate.weights == "mixed"
+    assert not any(each.candidate.sparsity for each in found.points)
+    assert "has cost less than pruning wherever both were measured" in found.verdict()
+    # More than a size is asked for: what fits pruned is tried, too.
+    asked = dataclasses.replace(asked, max_size=limit, max_perplexity_increase=100.0)
+    found = find_frontier(made / "model", tmp_path / "out", asked, **given)
+    pruned = {each.candidate.weights: each for each in found.points if each.candidate.sparsity}
+    assert set(pruned) == {"int4", "mixed"}
+    assert 0.9 * limit < pruned["int4"].size <= limit
+    assert 0 < pruned["int4"].candidate.sparsity < 0.2
     assert any("more than" in reason for reason in found.left.values())
+    assert "no pruned model that keeps to this does as well" in found.verdict() or found.chosen.candidate.sparsity
+
+
+def test_what_is_unmeasured_is_expected_to_take_the_least(made, tmp_path):
+    """Where nothing fits with nothing pruned, so much is pruned as the formats say, and not what is usual."""
+    weights = sum(each.numel() for each in tiny_model("llama").parameters())
+    settings = FrontierSettings(max_size=weights // 2, text=[str(made / "dog.txt")])
+    config = CompConfig(num_samples=8, sequence_length=32, round_to=16)
+    given = (config, str(made / "cat.txt"), ExportSettings(), "any", MEASURING, None, False, {})
+    walk = _Walk(str(made / "model"), tmp_path, settings, *given)
+    small, usual = Candidate(0.0, "int4-small"), Candidate(0.0, "int4")
+    assert walk._least(small) > settings.max_size
+    # 64 codes and a scale of two bytes a block.
+    assert walk._least(Candidate(0.0, "int8")) == pytest.approx(weights * 66 / 64, rel=0.01)
+    assert walk._least(small) < walk._least(Candidate(0.0, "mixed")) < walk._least(usual)
+    assert walk._least(usual) < walk._least(Candidate(0.0, "int8"))
+    fewest = walk._sparsities()[0]
+    assert 0 < fewest < 0.2 and walk._least(small.pruned(fewest)) <= settings.max_size
 
 
 @pytest.mark.slow
@@ -162,7 +189,7 @@ def test_a_budget_that_nothing_keeps_to_says_what_comes_nearest(made, tmp_path):
     )
     assert done.returncode == 1 and "isn't kept by anything" in done.stderr and "Traceback" not in done.stderr
     assert "the nearest is" in done.stdout and "was left out: " in done.stdout
-    assert "with every weight in 4 bits" in done.stdout
+    assert "in as few bits as it may have" in done.stdout
     assert (tmp_path / "out" / "dense").is_dir()
 
 
