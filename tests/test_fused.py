@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 need_onnx()
 
 import onnx  # noqa: E402
+import onnxruntime  # noqa: E402
 from onnx import numpy_helper  # noqa: E402
 from optimum.onnxruntime import ORTModelForCausalLM  # noqa: E402
 
@@ -196,3 +197,16 @@ def test_another_exporter_is_refused(tmp_path):
     with pytest.raises(ValueError, match="exporter='tensorrt' is not valid: it must be one of auto, optimum, genai"):
         export_onnx(tmp_path, tmp_path / "out", exporter="tensorrt")
     assert export.EXPORTERS == ("auto", "optimum", "genai")
+
+
+def test_layers_of_their_own_width_open_without_warnings(tmp_path, capfd):
+    """The builder notes for every layer the width that the config says, and ONNX Runtime warns where it isn't so."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[:, 32:] = 0
+    made = export_onnx(save(model, tmp_path / "torch"), tmp_path / "onnx", exporter="genai").output
+    weights = {each.name: each for each in onnx.load(made / "model.onnx").graph.initializer}
+    assert any(32 in each.dims and 64 in each.dims for each in weights.values())
+    capfd.readouterr()
+    onnxruntime.InferenceSession(str(made / "model.onnx"))
+    assert "MergeShapeInfo" not in capfd.readouterr().err

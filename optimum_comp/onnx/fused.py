@@ -252,6 +252,10 @@ def rewrite(model: Any, config: Any, head_size: int) -> None:
     # The quantizers go by what the builder notes of types; of what is gone, it would be in the way.
     made = {name for node in graph.node for name in node.output}
     noted = [value for value in graph.value_info if value.name in made]
+    for value in noted:
+        # It takes every layer for as wide as the config says, and ONNX Runtime warns of each that isn't.
+        for width in value.type.tensor_type.shape.dim[-1:]:
+            width.Clear()
     del graph.value_info[:]
     graph.value_info.extend(noted)
 
