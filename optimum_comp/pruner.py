@@ -377,7 +377,7 @@ class CompPruner:
                 self._ranks,
                 place,
                 journal,
-                start=len(samples.beginning.tokens) if samples.beginning is not None else 0,
+                start=samples.start,
             )
             pruned = run.run()
         with contextlib.nullcontext() if journal is None else journal.kept(), run.clock("write"):

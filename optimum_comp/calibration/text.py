@@ -59,9 +59,14 @@ class Calibration:
     beginning: Beginning | None = None
     written: Tensor | None = None
 
+    @property
+    def start(self) -> int:
+        """Tokens that all blocks begin with."""
+        return 0 if self.beginning is None else len(self.beginning.tokens)
+
     def without_beginning(self) -> Tensor:
         """The blocks without what all of them begin with, `[num_samples, length]`."""
-        return self.tokens[:, 0 if self.beginning is None else len(self.beginning.tokens) :]
+        return self.tokens[:, self.start :]
 
     def describe(self) -> dict[str, Any]:
         """Source, size and a digest of the very tokens, and what blocks begin with, for the report."""
