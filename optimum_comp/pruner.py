@@ -58,6 +58,7 @@ from optimum_comp.sweep.memory import (
 from optimum_comp.sweep.pruning import Pruned, PruningRun
 from optimum_comp.sweep.ranks import Ranks
 from optimum_comp.sweep.runner import LayerRunner
+from optimum_comp.sweep.trial import Trials
 from optimum_comp.utils import (
     format_bytes,
     get_logger,
@@ -378,12 +379,13 @@ class CompPruner:
                 place,
                 journal,
                 start=samples.start,
+                trials=Trials,
             )
             pruned = run.run()
         with contextlib.nullcontext() if journal is None else journal.kept(), run.clock("write"):
-            allocation = plans[pruned.plan]
-            if pruned.is_uneven:
-                allocation = uneven(shape, allocation, pruned.widths)
+            allocation = plans[pruned.settled.chosen]
+            if pruned.settled.is_uneven:
+                allocation = uneven(shape, allocation, pruned.settled.widths)
             self._shrink(pruned, allocation)
             after = before - allocation.parameters
             self.report = self._report(config, plans, allocation, samples, products, pruned, before, after)
@@ -566,14 +568,14 @@ class CompPruner:
         source = self._source
         if source.is_resident:
             layers = source.layers
-            for index in sorted(pruned.removed, reverse=True):
+            for index in sorted(pruned.settled.removed, reverse=True):
                 del layers[index]
             renumber(source.family, layers)
         config = source.model.config
         kept = [layer.index for layer in pruned.layers]
         apply_to_config(source.family, config, kept, self._counts, units_after(self._counts, allocation.units))
-        if pruned.is_uneven:
-            setattr(config, WIDTHS_FIELD, pruned.widths)
+        if pruned.settled.is_uneven:
+            setattr(config, WIDTHS_FIELD, pruned.settled.widths)
         elif hasattr(config, WIDTHS_FIELD):
             delattr(config, WIDTHS_FIELD)
 
@@ -588,7 +590,8 @@ class CompPruner:
         before: int,
         after: int,
     ) -> CompReport:
-        tried = pruned.tried or [None] * len(plans)
+        settled = pruned.settled
+        tried = settled.tried or [None] * len(plans)
         return CompReport(
             # A local path says nothing to others and may say too much.
             source=self._name if self._local is None else self._local.name,
@@ -597,8 +600,8 @@ class CompPruner:
             achieved_sparsity=allocation.sparsity,
             parameters_before=before,
             parameters_after=after,
-            removed_layers=pruned.removed,
-            layer_scores=pruned.layer_scores,
+            removed_layers=settled.removed,
+            layer_scores=settled.layer_scores,
             units={
                 kind: [before, units_after(self._counts, allocation.units).get(kind, before)]
                 for kind, before in self._counts.items()
@@ -608,7 +611,7 @@ class CompPruner:
             versions=library_versions(),
             matmul_dtype=_dtype_name(products),
             ledger=list(allocation.ledger),
-            expected_costs=pruned.costs,
+            expected_costs=settled.costs,
             weighed=[
                 {
                     "layers": plan.layers,
@@ -616,9 +619,9 @@ class CompPruner:
                     "cost": cost,
                     "divergence": divergence,
                 }
-                for plan, cost, divergence in zip(plans, pruned.weighed, tried, strict=True)
+                for plan, cost, divergence in zip(plans, settled.weighed, tried, strict=True)
             ]
-            if pruned.weighed
+            if settled.weighed
             else [],
         )
 

@@ -9,6 +9,9 @@ from typing import Protocol
 from torch import nn
 
 from optimum_comp.checkpoint.source import ModelSource
+from optimum_comp.sweep.runner import LayerRunner
+from optimum_comp.sweep.states import ActivationStore
+from optimum_comp.sweep.stopwatch import Stopwatch
 
 
 class Visitor(Protocol):
@@ -42,3 +45,27 @@ def sweep(
             visitor.visit(index, layer)
             del layer
         visitor.leave(index)
+
+
+class Through:
+    """Takes hidden states through dense layers.
+
+    Args:
+        runner: runs them.
+        rows: of the states, some samples at a time.
+        states: that go through.
+        clock: of the time that it takes.
+    """
+
+    def __init__(self, runner: LayerRunner, rows: list[slice], states: ActivationStore, clock: Stopwatch):
+        self._runner, self._rows, self._states, self._clock = runner, rows, states, clock
+
+    def visit(self, index: int, layer: nn.Module) -> None:
+        source = self._runner.source
+        with self._clock("forward"):
+            for rows in self._rows:
+                hidden = self._states.read(rows, source.device, source.compute_dtype)
+                self._states.write(rows, self._runner.run(index, hidden))
+
+    def leave(self, index: int) -> None:
+        """Nothing is left to do."""

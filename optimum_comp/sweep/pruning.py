@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -38,14 +38,14 @@ from optimum_comp.sweep.folding import (
 )
 from optimum_comp.sweep.journal import DamagedRunError, Journal
 from optimum_comp.sweep.junction import Junction
-from optimum_comp.sweep.loop import sweep
+from optimum_comp.sweep.loop import Through, sweep
 from optimum_comp.sweep.memory import MemoryPlan, solve_dtype
 from optimum_comp.sweep.moments import Aim, Moments, Output, units_of
 from optimum_comp.sweep.ranks import Ranks
 from optimum_comp.sweep.recording import Recorder
 from optimum_comp.sweep.runner import LayerRunner, Tap, replaced
 from optimum_comp.sweep.scoring import LAYER_SCORES
-from optimum_comp.sweep.settling import TRIAL_SAMPLES, TRIAL_TOKENS_PER_CHANNEL, Settled, Settling
+from optimum_comp.sweep.settling import Settled, Settling
 from optimum_comp.sweep.states import ActivationStore, rows_of
 from optimum_comp.sweep.stopwatch import Stopwatch
 from optimum_comp.sweep.weighing import weigh
@@ -60,35 +60,16 @@ class Pruned:
     """What the loop found.
 
     Attributes:
-        removed: whole layers that went.
-        layer_scores: every layer's score; empty if none had to go.
+        settled: what went from where.
         layers: a report for each that stayed.
-        widths: neurons of each of them.
-        costs: nats a token that each width was expected to cost; `None` where nobody asked.
-        plan: which of the splits that were to choose from.
-        weighed: nats a token that each of them was expected to cost; `None` for one that can't be; empty where there
-            was only one.
-        tried: the divergence from the dense model that each was measured at; `None` for one that wasn't tried; empty
-            if none was.
     """
 
-    removed: list[int]
-    layer_scores: list[float]
+    settled: Settled
     layers: list[LayerReport]
-    widths: list[int]
-    costs: list[float] | None = None
-    plan: int = 0
-    weighed: list[float | None] = dataclasses.field(default_factory=list)
-    tried: list[float | None] = dataclasses.field(default_factory=list)
-
-    @property
-    def is_uneven(self) -> bool:
-        """Whether layers have different widths."""
-        return len(set(self.widths)) > 1
 
 
 @dataclasses.dataclass
-class _Layer:
+class LayerState:
     """The layer that the loop is at.
 
     Attributes:
@@ -108,6 +89,19 @@ class _Layer:
     moments: Moments | None = None
 
 
+class Trying(Protocol):
+    """Measures one way to split a budget after another."""
+
+    can_be_made: bool
+    """Whether there are samples to measure on."""
+
+    def measure(self, settled: Settled) -> float:
+        """How far what is left is from the dense model, in nats a token."""
+
+    def close(self) -> None:
+        """None is to come."""
+
+
 class PruningRun:
     """One run over all layers of a model.
 
@@ -123,6 +117,7 @@ class PruningRun:
         journal: where finished layers are recorded, in the first process; `None` in the others, and for a run that
             can't be gone on with.
         start: positions at a sample's beginning that hold start tokens.
+        trials: makes what tries one way to split the budget after another; `None` to go by what is expected.
     """
 
     def __init__(
@@ -137,6 +132,7 @@ class PruningRun:
         folder: Path | None,
         journal: Journal | None,
         start: int = 0,
+        trials: Callable[[PruningRun, Tensor, int], Trying] | None = None,
     ):
         self.source, self.config, self.ranks = runner.source, config, ranks
         self.family = self.source.family
@@ -147,7 +143,7 @@ class PruningRun:
         # How many units of each axis stay in a layer.
         self.keep: Mapping[str, int] = plans[0].units
         self._weighs_layers = len({plan.layers for plan in plans}) > 1
-        self._start = start
+        self._start, self._trials = start, trials
         self._tokens = tokens
         self._batches = ranks.batches(tokens, plan.batch_size)
         self._rows = rows_of(self._batches)
@@ -176,7 +172,7 @@ class PruningRun:
         self._inputs: ActivationStore | None = None
         # Of the loss's gradient behind each layer, `[layers, hidden, hidden]`.
         self._fisher: ActivationStore | None = None
-        self._at: _Layer | None = None
+        self._at: LayerState | None = None
         self._progress: tqdm | None = None
         self._doing = "Pruning"
 
@@ -251,23 +247,14 @@ class PruningRun:
         with progress:
             self._progress = progress
             sweep(self.source, self._kept_layers[done:], self, lambda: self.clock("read"))
-        return Pruned(
-            settled.removed,
-            settled.layer_scores,
-            self._reports,
-            settled.widths,
-            settled.costs,
-            settled.chosen,
-            settled.weighed,
-            settled.tried,
-        )
+        return Pruned(settled, self._reports)
 
     def visit(self, index: int, layer: nn.Module) -> None:
         """Prune the layer's attention, and observe its feed-forward layer behind that."""
         place = self._kept_layers.index(index)
         following = [*self._kept_layers, len(self.source.layers)][place + 1]
         gap = range(index + 1, following)
-        at = _Layer(place, gap, bool(gap) and self.config.bridge and self._inputs is not None)
+        at = LayerState(place, gap, bool(gap) and self.config.bridge and self._inputs is not None)
         self._at = at
         if self._attention:
             with self._names(index, self._attention[0].consumer.path):
@@ -306,11 +293,11 @@ class PruningRun:
             self._progress.set_postfix(error=f"{error:.1%}")
             self._progress.update()
 
-    def _left(self, at: _Layer) -> Counts:
+    def _left(self, at: LayerState) -> Counts:
         """Units of each kind that the layer has after the cuts so far."""
         return at.cuts[-1].after if at.cuts else self._counts
 
-    def _commit(self, index: int, at: _Layer, factors: Factors) -> None:
+    def _commit(self, index: int, at: LayerState, factors: Factors) -> None:
         with self.clock("write"):
             if self.source.is_resident or self.ranks.is_first:
                 self.source.commit(index, at.place, at.cuts, factors, {FFN: max(self._widths)})
@@ -377,7 +364,7 @@ class PruningRun:
 
     def _pass(self, indices: range, states: ActivationStore) -> None:
         """Take hidden states through several dense layers."""
-        through = _Through(self._runner, self._rows, states, self.clock)
+        through = Through(self._runner, self._rows, states, self.clock)
         sweep(self.source, indices, through, lambda: self.clock("read"))
 
     def _adds_to_residual(self, index: int, own: ActivationStore) -> bool:
@@ -439,12 +426,12 @@ class PruningRun:
                 costs = weigh(self._runner, self._batches, scratch, self.ranks, self._price, what, inputs)
             if inputs is not None:
                 inputs.close()
-            fitted, others = self._trial_samples
-            held_out = HeldOut(self, others)
-            can_try = len(others) >= self.ranks.size
-            measure = functools.partial(self._try, fitted, held_out)
-            found = settling.choose(costs, removed, scores, measure if can_try else None)
-            held_out.close()
+            trials = None if self._trials is None else self._trials(self, self._tokens, self._neurons)
+            found = settling.choose(
+                costs, removed, scores, trials.measure if trials is not None and trials.can_be_made else None
+            )
+            if trials is not None:
+                trials.close()
             self._runner.embed_all(self._batches, scratch)
             if self._journal is not None:
                 self._journal.record(**found.entries())
@@ -457,17 +444,6 @@ class PruningRun:
             removed, scores = self._coarse(scratch, plan.layers)
             self._runner.embed_all(self._batches, scratch)
         return Settled(0, removed, scores, [plan.width] * (len(self.source.layers) - len(removed)))
-
-    def _try(self, fitted: Tensor, held_out: HeldOut, settled: Settled) -> float:
-        """How far what is left is from the dense model, in nats a token, pruned and measured on different samples."""
-        with self.clock("trying"):
-            return Trial(self, settled, fitted, held_out).divergence()
-
-    @property
-    def _trial_samples(self) -> tuple[Tensor, Tensor]:
-        """Samples to prune with in a trial, never fewer than the others, and to measure on."""
-        stride = max(2, self._tokens.numel() // (TRIAL_TOKENS_PER_CHANNEL * self._neurons))
-        return self._tokens[::stride], self._tokens[1::stride][:TRIAL_SAMPLES]
 
     def _input_store(self, name: str) -> ActivationStore:
         # The consumer's product rounds them to this in any case.
@@ -501,7 +477,7 @@ class PruningRun:
         self._folds = [fold for fold in held if [slot.path for slot in fold.consumers] != [consumer]]
         self._consumer_fold = next((fold for fold in held if fold not in self._folds), None)
 
-    def _prune_attention(self, index: int, layer: nn.Module, at: _Layer) -> None:
+    def _prune_attention(self, index: int, layer: nn.Module, at: LayerState) -> None:
         """Choose what of the layer's attention goes, and repair what reads it.
 
         A head's output doesn't depend on the other heads, so the moments of all of them serve every axis.
@@ -580,7 +556,7 @@ class PruningRun:
         moments = [torch.zeros(shape, dtype=solving, device=self.source.device) for _ in range(halves)]
         return Aim(junction, self.config.alignment, self._start, moments)
 
-    def _observe(self, index: int, layer: nn.Module, counts: Counts, at: _Layer) -> Moments:
+    def _observe(self, index: int, layer: nn.Module, counts: Counts, at: LayerState) -> Moments:
         """Run a layer with its feed-forward consumer tapped.
 
         Afterwards, where the consumer's output is added to the residual stream (there is a store for `inputs`), `own`
@@ -773,140 +749,6 @@ class PruningRun:
 
     def _names(self, index: int, path: str) -> contextlib.AbstractContextManager[None]:
         return _names_layer(f"{self.family.layers}.{index}.{path}")
-
-
-class HeldOut:
-    """Samples that trials measure on, and what the dense model makes of them, which is worked out once.
-
-    Args:
-        run: that has the trials.
-        samples: `[samples, length]`.
-    """
-
-    def __init__(self, run: PruningRun, samples: Tensor):
-        self._run = run
-        self.batches = run.ranks.batches(samples, run._plan.batch_size) if len(samples) else []
-        self.rows = rows_of(self.batches)
-        self.shape = sum(map(len, self.batches)), samples.shape[1], run._hidden
-        self._dense: ActivationStore | None = None
-
-    def store(self, run: PruningRun, name: str) -> ActivationStore:
-        """A place for their hidden states."""
-        return run._made(name, self.shape, run.source.state_dtype, None)
-
-    @property
-    def dense(self) -> ActivationStore:
-        """Hidden states behind the dense model's last layer."""
-        if self._dense is None:
-            run, self._dense = self._run, self.store(self._run, "held-out")
-            run._runner.embed_all(self.batches, self._dense)
-            through = _Through(run._runner, self.rows, self._dense, Stopwatch())
-            sweep(run.source, range(len(run.source.layers)), through)
-        return self._dense
-
-    def close(self) -> None:
-        """Let go of them."""
-        if self._dense is not None:
-            self._dense.close()
-
-
-class Trial(PruningRun):
-    """A run over fewer samples that keeps nothing; what would be left is measured on others.
-
-    Args:
-        run: of which this is a trial; its Fisher information serves here, too.
-        settled: what goes from where.
-        fitted: samples to prune with, `[samples, length]`.
-        held_out: samples to measure on.
-    """
-
-    def __init__(self, run: PruningRun, settled: Settled, fitted: Tensor, held_out: HeldOut):
-        config = CompConfig(**{**run.config.fields(), "equalize": False})
-        plans = [run._plans[settled.chosen]]
-        super().__init__(
-            run._runner, config, plans, run._protected, fitted, run._plan, run.ranks, run._folder, None, run._start
-        )
-        self._doing = "Trying what goes"
-        self._fisher = run._fisher
-        self._given = dataclasses.replace(settled, chosen=0, weighed=[], tried=[])
-        self._held_out = held_out
-        self._others = held_out.store(self, "others")
-
-    def divergence(self) -> float:
-        """Mean over the tokens held out of the divergence of what is left from the dense model, in nats.
-
-        It tells splits apart by far fewer tokens than the loss of the text's own next tokens would.
-        """
-        held_out, sums = self._held_out, torch.zeros(2, dtype=torch.float64)
-        try:
-            dense = held_out.dense
-            self._runner.embed_all(held_out.batches, self._others)
-            self._run()
-            with self.source.outside(head=True):
-                for rows, batch in zip(held_out.rows, held_out.batches, strict=True):
-                    for number, sample in enumerate(batch.to(self.source.device)):
-                        at = slice(rows.start + number, rows.start + number + 1)
-                        sums[0] += self._divergence(sample[None], self._read(dense, at), self._read(self._others, at))
-                        sums[1] += sample.numel()
-        finally:
-            self._recorder.close()
-            for store in self._stores:
-                store.close()
-        self.ranks.sum_(sums)
-        return float(sums[0] / sums[1])
-
-    def _divergence(self, sample: Tensor, dense: Tensor, left: Tensor) -> float:
-        """Summed over a sample's tokens, from hidden states `[1, length, hidden]` that leave the last layer."""
-        total, step = 0.0, self._runner.positions_of_gradients
-        for first in range(0, sample.shape[1], step):
-            part = slice(first, first + step)
-            wanted, found = (
-                self._runner.logits(sample[:, part], states[:, part]).float().log_softmax(-1)
-                for states in (dense, left)
-            )
-            total += float(functional.kl_div(found, wanted, log_target=True, reduction="sum"))
-        return total
-
-    def _settled(self) -> Settled | None:
-        return self._given
-
-    def _find_fisher(self) -> None:
-        """It is there."""
-
-    def _made(
-        self, name: str, shape: tuple[int, int, int], dtype: torch.dtype, folder: Path | None
-    ) -> ActivationStore:
-        return super()._made(f"trial-{name}", shape, dtype, folder)
-
-    def _record(self, place: int, report: LayerReport) -> None:
-        """Nothing is kept."""
-
-    def _commit(self, index: int, at: _Layer, factors: Factors) -> None:
-        """Instead, take the samples that are held out through what would be kept."""
-        with (
-            self.source.layer(index) as layer,
-            cut_meanwhile(self.family, self._model_config, layer, at.cuts),
-            self.clock("forward"),
-        ):
-            for rows in self._held_out.rows:
-                self._others.write(rows, self._runner.run(index, self._read(self._others, rows)))
-
-
-class _Through:
-    """Takes hidden states through dense layers."""
-
-    def __init__(self, runner: LayerRunner, rows: list[slice], states: ActivationStore, clock: Stopwatch):
-        self._runner, self._rows, self._states, self._clock = runner, rows, states, clock
-
-    def visit(self, index: int, layer: nn.Module) -> None:
-        source = self._runner.source
-        with self._clock("forward"):
-            for rows in self._rows:
-                hidden = self._states.read(rows, source.device, source.compute_dtype)
-                self._states.write(rows, self._runner.run(index, hidden))
-
-    def leave(self, index: int) -> None:
-        """Nothing is left to do."""
 
 
 @contextlib.contextmanager

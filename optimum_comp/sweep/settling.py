@@ -48,6 +48,11 @@ class Settled:
     weighed: list[float | None] = dataclasses.field(default_factory=list)
     tried: list[float | None] = dataclasses.field(default_factory=list)
 
+    @property
+    def is_uneven(self) -> bool:
+        """Whether layers have different widths."""
+        return len(set(self.widths)) > 1
+
     def entries(self) -> dict[str, Any]:
         """For a journal."""
         return dataclasses.asdict(self)
