@@ -13,6 +13,7 @@ from exports import stored_scales
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from tiny_families import tiny_family
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
@@ -20,7 +21,8 @@ from optimum_comp import CompConfig, CompPruner
 from optimum_comp.calibration.self_written import _own_requests, converse
 from optimum_comp.core.distillation import divergence
 from optimum_comp.core.rounding import compensated, nearest, on_grid, straight_through, within_its_codes
-from optimum_comp.distillation import trainer
+from optimum_comp.distillation import candidates, trainer
+from optimum_comp.distillation.candidates import Candidates, predicting
 from optimum_comp.distillation.planning import memory_of, micro_batch
 from optimum_comp.distillation.run import distil, learning_rate
 from optimum_comp.distillation.settings import DistilSettings
@@ -105,6 +107,17 @@ def test_the_text_counts_for_its_share(rows, vocabulary, share, seed):
     (own,) = torch.autograd.grad(found, student)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(own, gradient)
+
+
+def test_tokens_that_are_left_out_are_stood_for():
+    student, teacher = torch.randn(2, 5, 6)
+    # Every other token stands for itself and one like it.
+    whole = [logits.repeat_interleave(2, -1) for logits in (student, teacher)]
+    found = divergence(student, teacher, offsets=torch.full((6,), 2.0).log())
+    assert torch.allclose(found, divergence(*whole), atol=1e-6)
+    uneven = [torch.cat([logits, logits[:, 3:]], -1) for logits in (student, teacher)]
+    found = divergence(student, teacher, offsets=torch.tensor([1.0, 1, 1, 2, 2, 2]).log())
+    assert torch.allclose(found, divergence(*uneven), atol=1e-6)
 
 
 def test_two_vocabularies_have_no_divergence():
@@ -207,8 +220,18 @@ def test_distilling_brings_the_student_nearer(models, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
-def test_a_run_that_is_gone_on_with_ends_where_an_undisturbed_one_does(models, tmp_path, monkeypatch):
-    distilled(models, tmp_path / "whole")
+@pytest.mark.parametrize("of_a_large_vocabulary", [False, True], ids=["all", "some"])
+def test_a_run_that_is_gone_on_with_ends_where_an_undisturbed_one_does(
+    of_a_large_vocabulary, models, tmp_path, monkeypatch
+):
+    if of_a_large_vocabulary:
+        monkeypatch.setattr(candidates, "_DRAWN", 60)
+        monkeypatch.setattr(candidates, "_MOST", 1)
+    looked_at, of_step = [], Candidates.of_step
+    monkeypatch.setattr(Candidates, "of_step", lambda self, step: looked_at.append(step) or of_step(self, step))
+    undisturbed = distilled(models, tmp_path / "whole")
+    assert undisturbed.after["text.txt"] < 0.97 * undisturbed.before["text.txt"]
+    assert looked_at == (list(range(30)) if of_a_large_vocabulary else [])
     on_save = trainer._Timing.on_save
 
     def interrupted(self, args, state, *rest, **more):
@@ -499,6 +522,46 @@ def test_samples_are_looked_at_some_at_a_time_where_the_vocabulary_is_large():
     assert micro_batch(chosen, 100) == 6
     assert micro_batch(chosen, 262_144) == 2
     assert micro_batch(chosen, 10**8) == 1
+
+
+@settings(deadline=None, max_examples=30)
+@given(vocabulary=st.integers(3, 200), drawn=st.integers(0, 50), seed=st.integers(0, 99))
+def test_a_step_looks_at_all_tokens_of_the_texts_and_at_others_by_turns(vocabulary, drawn, seed):
+    generator = torch.Generator().manual_seed(seed)
+    texts = [torch.randint(vocabulary, (2, 7), generator=generator) for _ in range(2)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(candidates, "_DRAWN", drawn)
+        chosen = Candidates(texts, vocabulary, seed)
+        first, again, second = chosen.of_step(0), chosen.of_step(0), chosen.of_step(1)
+        assert torch.equal(first, again) and len(first) == len(second) == len(chosen)
+        assert first.unique().numel() == len(first) <= vocabulary
+        there = torch.cat(texts).unique()
+        assert len(first) == min(vocabulary, len(there) + drawn)
+        for text in texts:
+            for step in (first, second):
+                assert torch.equal(step[chosen.places(text)], text)
+        seen = torch.cat([chosen.of_step(step) for step in range(500)]).unique().numel()
+        assert drawn == 0 or vocabulary > 50 or seen == vocabulary
+        # All that there are, each of those that are drawn for as many as it stands for.
+        assert drawn == 0 or round(float(chosen.offsets.exp().sum()), 2) == vocabulary
+        assert chosen.pay == (len(first) <= vocabulary / 2)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi", "cohere", "gpt_neox"])
+def test_heads_say_of_some_tokens_what_they_say_of_them_among_all(family):
+    model = tiny_family(family)
+    ids, head = torch.arange(8)[None] + 4, model.get_output_embeddings()
+    whole = model(input_ids=ids).logits
+    tokens = torch.tensor([3, 17, 5])
+    with pytest.raises(KeyError), predicting(tokens, model):
+        some = model(input_ids=ids).logits
+        raise KeyError
+    assert model.get_output_embeddings() is head
+    assert torch.allclose(some, whole[..., tokens], atol=1e-6)
+    wanted, found = (
+        torch.autograd.grad(logits.square().sum(), head.weight)[0] for logits in (whole[..., tokens], some)
+    )
+    assert torch.allclose(found, wanted, atol=1e-5 * float(wanted.abs().max()))
 
 
 def test_low_rank_additions_take_less_memory(models):

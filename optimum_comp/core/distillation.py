@@ -21,7 +21,9 @@ class _Loss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, labels: Tensor, weights: Tensor, offsets: Tensor | None
+    ) -> Tensor:
         count, vocabulary = student.shape
         gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.float64, device=student.device)
@@ -29,8 +31,10 @@ class _Loss(torch.autograd.Function):
         step = max(1, most // vocabulary)
         for start in range(0, count, step):
             rows = slice(start, start + step)
-            wanted = torch.log_softmax(teacher[rows].float(), -1)
-            found = torch.log_softmax(student[rows].float(), -1)
+            wanted, found = (
+                torch.log_softmax(logits.float() if offsets is None else logits.float() + offsets, -1)
+                for logits in (teacher[rows], student[rows])
+            )
             share, weight, label = wanted.exp(), weights[rows, None], labels[rows, None]
             total += ((1 - weight) * share * (wanted - found)).sum(dtype=torch.float64)
             total -= (weight * found.gather(1, label)).sum(dtype=torch.float64)
@@ -42,12 +46,18 @@ class _Loss(torch.autograd.Function):
         return (total / count).to(torch.float32)
 
     @staticmethod
-    def backward(ctx: Any, *above: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *above: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * above[0].to(gradient.dtype), None, None, None
+        return gradient * above[0].to(gradient.dtype), None, None, None, None
 
 
-def divergence(student: Tensor, teacher: Tensor, labels: Tensor | None = None, share: float = 0.0) -> Tensor:
+def divergence(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None = None,
+    share: float = 0.0,
+    offsets: Tensor | None = None,
+) -> Tensor:
     """Mean Kullback-Leibler divergence `KL(teacher ‖ student)` of next-token predictions, in nats, over all positions.
 
     The forward form of Hinton et al., "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531), at
@@ -60,6 +70,8 @@ def divergence(student: Tensor, teacher: Tensor, labels: Tensor | None = None, s
         teacher: logits of the same shape.
         labels: the tokens that come next, `[...]`; negative where none is known, and there only the teacher counts.
         share: `a`, how much they count, in [0, 1].
+        offsets: added to the logits of both, `[vocabulary]`: the logarithm of how many tokens each stands for, where
+            some stand for others that were left out.
 
     Returns:
         A scalar, float32.
@@ -75,6 +87,6 @@ def divergence(student: Tensor, teacher: Tensor, labels: Tensor | None = None, s
     known = torch.zeros(student.shape[:-1], dtype=torch.int64, device=student.device) if labels is None else labels
     weights = torch.where(known < 0, 0.0, share if labels is not None else 0.0).flatten()
     found: Tensor = _Loss.apply(
-        student.flatten(0, -2), teacher.flatten(0, -2).detach(), known.clamp(min=0).flatten(), weights
+        student.flatten(0, -2), teacher.flatten(0, -2).detach(), known.clamp(min=0).flatten(), weights, offsets
     )
     return found

@@ -41,13 +41,13 @@ def memory_of(student: Any, teacher: Any, settings: DistilSettings, lora_rank: i
     trained = weights - (0 if rounds_head(settings.rounding) else embedding)
     if lora_rank:
         trained = weights * lora_rank // 200
-    batch = micro_batch(settings, config.vocab_size)
-    tokens = batch * settings.sequence_length
+    # Of a large vocabulary a part may be enough, and all samples of a step are then looked at together.
+    tokens = settings.tokens_of_a_step
     family = family_of(config)
     layers = family.get_layers(student)
     hidden, width = family.ffn.consumer.matrix(layers[0]).shape
     activations = len(layers) * tokens * (16 * hidden + 5 * width) * 4
-    logits = 4 * 3 * tokens * int(config.vocab_size)
+    logits = 4 * 3 * micro_batch(settings, config.vocab_size) * settings.sequence_length * int(config.vocab_size)
     checkpoint = 4 * weights if lora_rank == 0 else 0
     rounding = 2 * 4 * weights + 4 * len(layers) * (3 * hidden**2 + width**2) if settings.rounding is not None else 0
     training = activations + logits + 12 * trained + max(checkpoint, rounding)

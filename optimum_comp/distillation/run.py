@@ -28,6 +28,7 @@ from optimum_comp.checkpoint.reader import resolve_folder
 from optimum_comp.checkpoint.source import empty_model, multiplies_bfloat16
 from optimum_comp.checkpoint.tokenizer import TOKENIZER_FILES, open_tokenizer
 from optimum_comp.checkpoint.writer import copy_side_cars, write_portable_config
+from optimum_comp.distillation.candidates import Candidates
 from optimum_comp.distillation.planning import TOGETHER, check_settings, choose_rank, disk_of, micro_batch
 from optimum_comp.distillation.rounding import leave_rounded, round_while_training, rounds_head
 from optimum_comp.distillation.settings import DistilSettings
@@ -418,7 +419,14 @@ class _Run:
         trained = sum(each.numel() for each in student.parameters() if each.requires_grad)
         checkpoint = self._last_checkpoint()
         clock = Clock(settings.steps, settings.seconds, time.monotonic() - started)
-        micro = micro_batch(settings, student.config.vocab_size)
+        vocabulary = student.config.vocab_size
+        candidates = Candidates([text.train for text in texts], vocabulary, settings.seed)
+        is_part = candidates.pay and isinstance(student.get_output_embeddings(), nn.Linear)
+        if is_part:
+            logger.info(
+                "Predictions are compared over %s of %s tokens in a step.", f"{len(candidates):,}", f"{vocabulary:,}"
+            )
+        micro = micro_batch(settings, len(candidates) if is_part else vocabulary)
         steps = settings.steps or _MOST_STEPS
         products = _products(settings, device)
         _narrow_factors(teacher, products)
@@ -427,11 +435,13 @@ class _Run:
             clock=clock,
             products=products,
             labels=settings.labels,
+            candidates=candidates if is_part else None,
             model=student,
             args=arguments(
                 self.work,
                 batch_size=micro,
                 accumulation=settings.batch_size // micro,
+                evaluated=micro_batch(settings, vocabulary),
                 learning_rate=rate,
                 steps=steps,
                 seed=settings.seed,

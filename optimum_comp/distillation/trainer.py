@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from optimum_comp.core.distillation import divergence
+from optimum_comp.distillation.candidates import Candidates, predicting
 from optimum_comp.files import durably
 from optimum_comp.utils import get_logger, progress_disabled
 
@@ -111,11 +112,23 @@ class Distiller(Trainer):
         clock: how far the run is.
         products: what factors of matrix products are rounded to.
         labels: how much the text's own next tokens count beside the teacher's predictions, in [0, 1].
+        candidates: tokens over which predictions are compared in training; `None` for the whole vocabulary, over
+            which they are on what is held out in any case.
         given: as for `Trainer`; `eval_dataset` is text -> samples `[n, length]` that aren't trained on.
     """
 
-    def __init__(self, *, teacher: Any, clock: Clock, products: torch.dtype, labels: float, **given: Any):
+    def __init__(
+        self,
+        *,
+        teacher: Any,
+        clock: Clock,
+        products: torch.dtype,
+        labels: float,
+        candidates: Candidates | None,
+        **given: Any,
+    ):
         self.clock, self.teacher, self._products, self._labels = clock, teacher, products, labels
+        self._candidates = candidates
         self.lr_scheduler: Any = None
         self.control: Any = None
         super().__init__(**given)
@@ -130,10 +143,16 @@ class Distiller(Trainer):
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
     ) -> Tensor:
         """How far the student's predictions are from the teacher's and from the text, in nats."""
-        ids = inputs["input_ids"]
-        found, wanted = self._predictions(model, ids)
+        ids, candidates = inputs["input_ids"], self._candidates
+        following, offsets = ids[:, 1:], None
+        if candidates is None:
+            found, wanted = self._predictions(model, ids)
+        else:
+            following, offsets = candidates.places(following), candidates.offsets.to(ids.device)
+            with predicting(candidates.of_step(self.state.global_step), model, self.teacher):
+                found, wanted = self._predictions(model, ids)
         nothing = ids.new_full((len(ids), 1), -1)
-        return divergence(found, wanted, torch.cat([ids[:, 1:], nothing], 1), self._labels)
+        return divergence(found, wanted, torch.cat([following, nothing], 1), self._labels, offsets)
 
     def _predictions(self, model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of the student and of the teacher, `[samples, length, vocabulary]`."""
@@ -168,7 +187,7 @@ class Distiller(Trainer):
         found: dict[str, float] = {}
         for name, samples in self.eval_dataset.items():
             total = 0.0
-            for part in samples.split(self.args.per_device_train_batch_size):
+            for part in samples.split(self.args.per_device_eval_batch_size):
                 total += float(divergence(*self._predictions(self.model, part.to(self.args.device)))) * len(part)
             found[name] = total / len(samples)
         return found
@@ -241,7 +260,15 @@ class _Timing(TrainerCallback):
 
 
 def arguments(
-    folder: Path, *, batch_size: int, accumulation: int, learning_rate: float, steps: int, seed: int, use_cpu: bool
+    folder: Path,
+    *,
+    batch_size: int,
+    accumulation: int,
+    evaluated: int,
+    learning_rate: float,
+    steps: int,
+    seed: int,
+    use_cpu: bool,
 ) -> TrainingArguments:
     """Settings of the `Trainer`.
 
@@ -249,6 +276,7 @@ def arguments(
         folder: for checkpoints.
         batch_size: samples that are looked at together.
         accumulation: times that many make a step.
+        evaluated: samples that are looked at together where nothing is trained.
         learning_rate: the largest.
         steps: at most.
         seed: of what is random beside the samples' order.
@@ -258,6 +286,7 @@ def arguments(
     found = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=evaluated,
         gradient_accumulation_steps=accumulation,
         learning_rate=learning_rate,
         max_steps=steps,
