@@ -9,16 +9,26 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import tokenizers
 import torch
 from conftest import tiny_blocks, tiny_model, tiny_tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_resume import interrupted, prune
-from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, LlamaModel, MixtralConfig, T5Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    LlamaModel,
+    MixtralConfig,
+    PreTrainedTokenizerFast,
+    T5Config,
+)
 
 from optimum_comp import CompConfig, CompPruner
 from optimum_comp.checkpoint.parts import _ranges
 from optimum_comp.checkpoint.reader import Checkpoint, require_safetensors
+from optimum_comp.checkpoint.tokenizer import open_tokenizer
 from optimum_comp.evaluation import load_model
 
 
@@ -293,3 +303,21 @@ def test_protected_layers_must_exist():
 def test_importing_the_package_is_light():
     code = "import sys, optimum_comp; assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(("model_type", "is_warned"), [("gemma3_text", False), ("mistral", True)])
+def test_only_of_mistrals_tokenizers_is_said_what_is_wrong_with_those(model_type, is_warned, tmp_path, caplog):
+    words = {f"w{number}": number for number in range(100_010)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "w0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([tokenizers.pre_tokenizers.Whitespace()])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": model_type, "transformers_version": "4.57.6", "vocab_size": len(words)})
+    )
+    with caplog.at_level("WARNING"):
+        open_tokenizer(tmp_path)
+        there = [record.getMessage() for record in caplog.records]
+        AutoTokenizer.from_pretrained(tmp_path)
+    # Where transformers says it of all, as some versions do.
+    says = any("fix_mistral_regex" in record.getMessage() for record in caplog.records[len(there) :])
+    assert any("fix_mistral_regex" in said for said in there) == (says and is_warned)

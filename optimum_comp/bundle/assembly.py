@@ -17,6 +17,7 @@ from typing import Any
 from optimum_comp import __version__
 from optimum_comp.bundle.readme import readme
 from optimum_comp.bundle.verification import FORMAT, FORMAT_VERSION, MANIFEST, BundleReport, sizes_of
+from optimum_comp.checkpoint.tokenizer import open_tokenizer
 from optimum_comp.files import atomic_folder, check_folder, check_model, file_digest, write_record
 from optimum_comp.onnx.folders import MODEL_NAME, copy_companions
 from optimum_comp.onnx.fused import genai_version
@@ -153,9 +154,7 @@ def _try(folder: Path, notes: list[str]) -> bool:
     Raises:
         RuntimeError: GenAI doesn't open or run it.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder) if (folder / "tokenizer.json").is_file() else None
+    tokenizer = open_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
     prompt = list(range(3, 15)) if tokenizer is None else tokenizer(_TRIAL_TEXT)["input_ids"]
     trial = try_in_genai(folder, prompt, _TRIAL_TOKENS)
     expected = greedy_tokens(folder / MODEL_NAME, prompt, _TRIAL_TOKENS)

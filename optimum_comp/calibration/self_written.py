@@ -121,7 +121,7 @@ def write_text(
         top_k=0,
         min_new_tokens=sequence_length,
         max_new_tokens=sequence_length,
-        eos_token_id=getattr(model.generation_config, "eos_token_id", None),
+        eos_token_id=_ends(model) or None,
         # Never written, since no sample ends early; another token than the first ones, which transformers would take
         # for padding on the wrong side.
         pad_token_id=next(token for token in range(len(start) + 1) if token not in start),
@@ -174,7 +174,6 @@ def converse(
         `[num_samples, sequence_length]`, int64.
     """
     needed = num_samples * sequence_length
-    ends = _ends(model)
     asked = prompts(seed)
     written: list[Tensor] = []
     with seeded(seed, model.device):
@@ -190,9 +189,9 @@ def converse(
                 requests += [_request(tokenizer, next(asked)) for _ in range(count - len(own))]
                 answers = _answers(model, requests, temperature, sequence_length)
                 for request, answer in zip(requests, answers, strict=True):
-                    over = [place for place, token in enumerate(answer.tolist()) if token in ends][:1]
+                    end = _end(model, answer.tolist())
                     # Without an end, it was cut off: what is there is as good.
-                    whole = torch.cat([torch.tensor(request), answer[: over[0] + 1] if over else answer])
+                    whole = torch.cat([torch.tensor(request), answer if end is None else answer[: end + 1]])
                     progress.update(min(len(whole), max(needed, 0)))
                     needed -= len(whole)
                     written.append(whole)
@@ -208,7 +207,7 @@ def _answers(model: Any, requests: Sequence[list[int]], temperature: float, long
         # In place of a nucleus, which would have the whole vocabulary sorted for every token.
         epsilon_cutoff=_EPSILON,
         max_new_tokens=longest,
-        eos_token_id=getattr(model.generation_config, "eos_token_id", None),
+        eos_token_id=_ends(model) or None,
         pad_token_id=0,
     )
     width = max(map(len, requests))
@@ -224,19 +223,25 @@ def _own_requests(model: Any, tokenizer: Any, count: int, longest: int) -> list[
     beginning = _encoded(tokenizer, before) if there else []
     if not beginning or count == 0:
         return []
-    ends, found = _ends(model), []
+    found = []
     for tokens in _answers(model, [beginning] * count, _TEMPERATURE, longest).tolist():
-        end = next((place for place, token in enumerate(tokens) if token in ends), None)
+        end = _end(model, tokens)
         text = "" if end is None else tokenizer.decode(tokens[:end], skip_special_tokens=True).strip()
         if text:
             found.append(text)
     return found
 
 
-def _ends(model: Any) -> set[int | None]:
+def _ends(model: Any) -> list[int]:
     """Tokens that end what is written."""
     ends = getattr(model.generation_config, "eos_token_id", None)
-    return set(ends) if isinstance(ends, list) else {ends}
+    return list(ends) if isinstance(ends, list) else [] if ends is None else [ends]
+
+
+def _end(model: Any, tokens: Sequence[int]) -> int | None:
+    """The place of the first token that ends what is written; `None` if nothing does."""
+    ends = _ends(model)
+    return next((place for place, token in enumerate(tokens) if token in ends), None)
 
 
 def _request(tokenizer: Any, text: str) -> list[int]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import shutil
+from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ TOKENIZER_FILES = (
     "additional_chat_templates/",
 )
 """Patterns of a tokenizer's files and folders, its chat templates included."""
+_MISTRALS = ("mistral", "ministral", "pixtral", "voxtral")
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
@@ -40,8 +44,34 @@ def open_tokenizer(name: str | PathLike[str], source_arguments: dict[str, Any] |
     """
     from transformers import AutoTokenizer
 
-    with explaining(f"the tokenizer of {shown(name)} can't be used"):
+    with explaining(f"the tokenizer of {shown(name)} can't be used"), _without_false_alarm(Path(name)):
         return AutoTokenizer.from_pretrained(str(name), **(source_arguments or {}))
+
+
+@contextlib.contextmanager
+def _without_false_alarm(folder: Path) -> Iterator[None]:
+    """Keep what transformers says of Mistral's tokenizers from being said of others.
+
+    Versions 4.57.3 to 4.57.6 say of every folder that they have written, if its vocabulary is large, that its
+    tokenizer is wrong, and advise what would make it so.
+    """
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        kind = None
+    if kind is None or any(name in kind for name in _MISTRALS):
+        yield
+        return
+
+    def is_said(record: logging.LogRecord) -> bool:
+        return "fix_mistral_regex" not in record.getMessage()
+
+    logger = logging.getLogger("transformers.tokenization_utils_base")
+    logger.addFilter(is_said)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_said)
 
 
 def has_tokenizer(source: str, source_arguments: dict[str, Any]) -> bool:

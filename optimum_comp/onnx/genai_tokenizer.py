@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from optimum_comp.checkpoint.tokenizer import open_tokenizer
 from optimum_comp.onnx.folders import copy_companions
 
 
@@ -35,8 +36,6 @@ def mend_tokenizer(folder: Path) -> list[str]:
     Returns:
         What was changed, or why GenAI may not read the tokenizer; nothing if there is nothing to say.
     """
-    from transformers import AutoTokenizer
-
     path, settings_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
     if not path.is_file():
         return ["There is no tokenizer.json, which GenAI needs to turn text into tokens."]
@@ -61,7 +60,7 @@ def mend_tokenizer(folder: Path) -> list[str]:
         candidate = Path(scratch)
         copy_companions(folder, candidate)
         (candidate / path.name).write_text(json.dumps(mended, ensure_ascii=False), encoding="utf-8")
-        inputs = list(AutoTokenizer.from_pretrained(folder).model_input_names)
+        inputs = list(open_tokenizer(folder).model_input_names)
         # What a model is given follows from the class unless it is said.
         plain = {**settings, "tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": inputs}
         (candidate / settings_path.name).write_text(
@@ -90,9 +89,7 @@ def _byte_level(part: Any) -> dict[str, Any] | None:
 
 def _encodings(folder: Path) -> list[Any]:
     """What transformers makes of the samples, of the special tokens and of a chat with this folder's tokenizer."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = open_tokenizer(folder)
     texts = [*SAMPLES, "".join(f"{token} x\n" for token in tokenizer.all_special_tokens)]
     found: list[Any] = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, len(tokenizer)]
     found.append(sorted(tokenizer("x")))
