@@ -174,7 +174,9 @@ def test_a_family_runs_as_a_user_opens_it(by, name, request, tmp_path, caplog):
     tokens, logits = generate(quantized)
     again, without = generate(quantized, use_cache=False)
     assert torch.equal(tokens, again)
-    torch.testing.assert_close(logits, without, atol=1e-2, rtol=0)
+    # One token and many are other kernels, which may round an activation to another code: by how much depends on the
+    # processor. With a wrong cache, it is about 1.
+    assert (logits - without).norm() / (without - without.mean(-1, keepdim=True)).norm() < 0.02
 
 
 @pytest.mark.parametrize("name", MISTAKEN)
