@@ -174,9 +174,9 @@ def test_a_family_runs_as_a_user_opens_it(by, name, request, tmp_path, caplog):
     tokens, logits = generate(quantized)
     again, without = generate(quantized, use_cache=False)
     assert torch.equal(tokens, again)
-    # One token and many are other kernels, which may round an activation to another code: by how much depends on the
-    # processor. With a wrong cache, it is about 1.
-    assert (logits - without).norm() / (without - without.mean(-1, keepdim=True)).norm() < 0.02
+    # One token and many are other kernels, which may round an activation to another code: of OPT and Mistral 0.0023 at
+    # most, without VNNI; multiplied in float (`accuracy_level` 0), they agree to 1e-6.
+    assert (logits - without).norm() / (without - without.mean(-1, keepdim=True)).norm() < 0.005
 
 
 @pytest.mark.parametrize("name", MISTAKEN)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from optimum_comp.checkpoint.reader import resolve_folder
+from optimum_comp.strict_json import read_object
 from optimum_comp.utils import explaining, shown
 
 
@@ -56,10 +57,10 @@ def _without_false_alarm(folder: Path) -> Iterator[None]:
     tokenizer is wrong, and advise what would make it so.
     """
     try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError):
+        kind = read_object(folder / "config.json").get("model_type")
+    except (OSError, ValueError):
         kind = None
-    if kind is None or any(name in kind for name in _MISTRALS):
+    if not isinstance(kind, str) or any(name in kind for name in _MISTRALS):
         yield
         return
 
