@@ -428,7 +428,7 @@ def test_a_chain_distils(models, tmp_path):
             tmp_path / "out",
             config=CompConfig(sparsity=0.4, num_samples=8, sequence_length=32, round_to=8),
             calibration=str(models / "text.txt"),
-            distil=DistilSettings(steps=10, rounding="int4", **SMALL),
+            distil=DistilSettings(steps=40, rounding="int4", **{**SMALL, "learning_rate": 0.001}),
             settings=Settings(text=str(models / "text.txt"), window=32, max_tokens=256, prompt_tokens=0),
             recipe="int4",
             **more,
@@ -436,8 +436,9 @@ def test_a_chain_distils(models, tmp_path):
 
     first = made()
     assert list(first.stages) == ["dense", "pruned", NAME, f"{NAME}-onnx", f"{NAME}-int4"]
-    values = {name: each.perplexity for name, each in first.stages.items()}
-    assert values[NAME] < values["pruned"]
+    # Perplexity doesn't tell: the tiny teacher predicts the text worse than what was pruned from it.
+    before, after = first.distillation["before"], first.distillation["after"]
+    assert all(after[name] < before[name] for name in before), (before, after)
     # By itself, on the text that calibrated, and on what the teacher answers.
     assert set(first.distillation["after"]) == {"text.txt", "self"}
     again = made()
