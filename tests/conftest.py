@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -173,3 +174,17 @@ def real_model() -> Path:
     if not folder:
         pytest.skip("COMP_TEST_MODEL is not set: run `make test-slow`")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def first_layers(real_model, tmp_path_factory) -> Path:
+    """The real model's first eight layers: its sizes and its files, for what is made many times over."""
+    folder = tmp_path_factory.mktemp("first-layers") / "model"
+    model = AutoModelForCausalLM.from_pretrained(real_model)
+    model.model.layers = model.model.layers[:8]
+    model.config.num_hidden_layers = 8
+    model.save_pretrained(folder)
+    for path in real_model.iterdir():
+        if not (folder / path.name).exists():
+            shutil.copy(path, folder)
+    return folder

@@ -181,11 +181,11 @@ def test_a_process_that_dies_keeps_what_was_finished(step, kind, made, undisturb
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("step", "kind"), [("prune", "kill"), ("bundle", "disk")])
-def test_the_real_model_loses_nothing(step, kind, real_model, real_undisturbed, tmp_path):
-    done = broken_run(real_recipe(real_model), tmp_path / "out", step, kind)
+def test_real_layers_lose_nothing(step, kind, first_layers, real_undisturbed, tmp_path):
+    done = broken_run(real_recipe(first_layers), tmp_path / "out", step, kind)
     assert done.returncode != 0, done.stderr
     times = require_kept(tmp_path / "out", step, real_undisturbed)
-    run_recipe(Recipe.from_dict(real_recipe(real_model)), tmp_path / "out")
+    run_recipe(Recipe.from_dict(real_recipe(first_layers)), tmp_path / "out")
     require_complete(tmp_path / "out", real_undisturbed)
     assert all(path.stat().st_mtime_ns == then for path, then in times.items())
 
@@ -198,9 +198,9 @@ def real_recipe(model: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def real_undisturbed(real_model, tmp_path_factory):
+def real_undisturbed(first_layers, tmp_path_factory):
     folder = tmp_path_factory.mktemp("real") / "out"
-    run_recipe(Recipe.from_dict(real_recipe(real_model)), folder)
+    run_recipe(Recipe.from_dict(real_recipe(first_layers)), folder)
     return folder
 
 
