@@ -81,7 +81,7 @@ def measure(
         if not model.exists():
             quantize(exact, model, name, library)
         result = Evaluation(str(model), RUNTIME, count_parameters(config), model.stat().st_size)
-        _measure_speed(model, modules, config.vocab_size, settings, result)
+        measure_speed(model, modules, config.vocab_size, settings, result)
         _measure_perplexity(model, checkpoint, settings, result)
         yield name, result
 
@@ -243,8 +243,19 @@ def run(
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _measure_speed(model: Path, modules: Path, vocabulary: int, settings: Settings, result: Evaluation) -> None:
-    """What `throughput` measures of all others: the same prompts, medians after a warm-up."""
+def measure_speed(model: Path, modules: Path, vocabulary: int, settings: Settings, result: Evaluation) -> None:
+    """What `throughput` measures of all others, into `result`: the same prompts, medians after a warm-up.
+
+    Args:
+        model: a GGUF file.
+        modules: the `node_modules` with node-llama-cpp.
+        vocabulary: ids are below this.
+        settings: what to measure.
+        result: gets it.
+
+    Raises:
+        LlamaCppUnavailableError: it failed.
+    """
 
     def prompt(length: int) -> list[int]:
         return torch.randint(0, vocabulary, (length,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -265,6 +276,29 @@ def _measure_speed(model: Path, modules: Path, vocabulary: int, settings: Settin
         result.prompt_tokens, result.first_token_seconds = settings.prompt_tokens, first[0]
         result.prefill_tokens_per_second = settings.prompt_tokens / first[0]
         result.decode_tokens_per_second = (settings.new_tokens - 1) / rest[0]
+
+
+def turn(folder: Path, name: str, vocabulary: int, settings: Settings) -> list[float]:
+    """Tokens a second of both prompts and of decoding, of one run.
+
+    Args:
+        folder: which `measure` was given.
+        name: key of `FORMATS`, which is in it.
+        vocabulary: ids are below this.
+        settings: as for `measure`.
+
+    Raises:
+        LlamaCppUnavailableError: it failed.
+    """
+    found = Evaluation(name, RUNTIME, 0, 0)
+    once = dataclasses.replace(settings, repeats=1)
+    measure_speed(folder / f"{name}.gguf", folder / "node_modules", vocabulary, once, found)
+    speeds = (
+        found.prefill_tokens_per_second,
+        found.long_prefill_tokens_per_second,
+        found.decode_tokens_per_second,
+    )
+    return [speed or float("nan") for speed in speeds]
 
 
 def _measure_perplexity(model: Path, checkpoint: str | Path, settings: Settings, result: Evaluation) -> None:
