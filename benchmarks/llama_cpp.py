@@ -81,7 +81,7 @@ def measure(
         if not model.exists():
             quantize(exact, model, name, library)
         result = Evaluation(str(model), RUNTIME, count_parameters(config), model.stat().st_size)
-        measure_speed(model, modules, config.vocab_size, settings, result)
+        _measure_speed(model, modules, config.vocab_size, settings, result)
         _measure_perplexity(model, checkpoint, settings, result)
         yield name, result
 
@@ -243,19 +243,8 @@ def run(
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure_speed(model: Path, modules: Path, vocabulary: int, settings: Settings, result: Evaluation) -> None:
-    """What `throughput` measures of all others, into `result`: the same prompts, medians after a warm-up.
-
-    Args:
-        model: a GGUF file.
-        modules: the `node_modules` with node-llama-cpp.
-        vocabulary: ids are below this.
-        settings: what to measure.
-        result: gets it.
-
-    Raises:
-        LlamaCppUnavailableError: it failed.
-    """
+def _measure_speed(model: Path, modules: Path, vocabulary: int, settings: Settings, result: Evaluation) -> None:
+    """What `throughput` measures of all others: the same prompts, medians after a warm-up."""
 
     def prompt(length: int) -> list[int]:
         return torch.randint(0, vocabulary, (length,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -292,7 +281,7 @@ def turn(folder: Path, name: str, vocabulary: int, settings: Settings) -> list[f
     """
     found = Evaluation(name, RUNTIME, 0, 0)
     once = dataclasses.replace(settings, repeats=1)
-    measure_speed(folder / f"{name}.gguf", folder / "node_modules", vocabulary, once, found)
+    _measure_speed(folder / f"{name}.gguf", folder / "node_modules", vocabulary, once, found)
     speeds = (
         found.prefill_tokens_per_second,
         found.long_prefill_tokens_per_second,
