@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -68,6 +69,11 @@ def need_onnx() -> None:
     if os.environ.get("COMP_TEST_WITHOUT_ONNX"):
         pytest.skip("COMP_TEST_WITHOUT_ONNX is set", allow_module_level=True)
     require_onnxruntime()
+
+
+def pytest_collection_finish() -> None:
+    # Graphs are compared after a collection each, which would look through all that the libraries have made.
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

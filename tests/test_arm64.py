@@ -386,7 +386,7 @@ def folders(request, tmp_path_factory) -> dict[str, Path]:
     """ONNX folders of the float model and the quantized ones."""
     if READY:
         return READY
-    source = request.getfixturevalue("real_model")
+    source = request.getfixturevalue("first_layers")
     root = tmp_path_factory.mktemp("models")
     made = {FLOAT: export_onnx(source, root / FLOAT).output}
     tokens = tokenize(AutoTokenizer.from_pretrained(source), read_text("pydoc")[0])[: 16 * 128].reshape(16, 128)

@@ -30,8 +30,8 @@ LAUNCHERS = {
 }
 
 
-def launched(launcher: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
-    command = [*LAUNCHERS[launcher], CLI, "comp", "prune", *arguments]
+def launched(*arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+    command = [*LAUNCHERS["torchrun"], CLI, "comp", "prune", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
     assert not check or done.returncode == 0, done.stderr
@@ -69,23 +69,44 @@ def given(tmp_path) -> list[object]:
 ATTENTION = ("--axes", "ffn,kv", "--attention-fraction", 0.9)
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+ONE_AFTER_ANOTHER = """
+import json, sys
+from optimum.commands.optimum_cli import main
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["optimum-cli", "comp", "prune", *arguments]
+    main()
+"""
+
+
+# The launchers set the same variables; once is enough.
 @pytest.mark.parametrize(
-    "more", [(), ("--layer-fraction", 0.7), ("--layer-fraction", 0.7, "--layer-metric", "loss"), ATTENTION]
+    ("launcher", "runs"),
+    [
+        ("accelerate", [()]),
+        (
+            "torchrun",
+            [(), ("--layer-fraction", 0.7), ("--layer-fraction", 0.7, "--layer-metric", "loss"), ATTENTION],
+        ),
+    ],
 )
-def test_two_processes_decide_as_one(launcher, more, given, tmp_path):
-    if launcher == "accelerate" and more:
-        pytest.skip("the launchers set the same variables; once is enough")
-    run("prune", *given, *more, tmp_path / "one")
-    done = launched(launcher, *given, *more, tmp_path / "two")
-    assert done.stdout.count("decoder layers removed") == 1
-    assert kept(tmp_path / "two") == kept(tmp_path / "one")
-    assert {path.name for path in (tmp_path / "two").iterdir()} == {path.name for path in (tmp_path / "one").iterdir()}
-    torch.testing.assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"), rtol=0, atol=1e-5)
+def test_two_processes_decide_as_one(launcher, runs, given, tmp_path):
+    (tmp_path / "code.py").write_text(ONE_AFTER_ANOTHER)
+    arguments = [[*map(str, [*given, *more, tmp_path / f"two-{number}"])] for number, more in enumerate(runs)]
+    command = [*LAUNCHERS[launcher], sys.executable, tmp_path / "code.py", json.dumps(arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("decoder layers removed") == len(runs)
+    for number, more in enumerate(runs):
+        one, two = tmp_path / f"one-{number}", tmp_path / f"two-{number}"
+        run("prune", *given, *more, one)
+        assert kept(two) == kept(one)
+        assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
+        torch.testing.assert_close(weights(two), weights(one), rtol=0, atol=1e-5)
 
 
 def test_what_two_began_two_go_on_with(given, tmp_path):
-    launched("torchrun", *given, tmp_path / "undisturbed")
+    launched(*given, tmp_path / "undisturbed")
     # The second layer's part can't be written: its name is taken by a folder.
     crash = (
         "import sys, os\n"
@@ -108,7 +129,7 @@ def test_what_two_began_two_go_on_with(given, tmp_path):
     assert json.loads((tmp_path / "out" / "comp_journal.json").read_text())["finished"] == 2
     done = run("prune", "--resume", tmp_path / "out", check=False)
     assert "has processes=2, and now it is 1" in done.stderr
-    launched("torchrun", "--resume", tmp_path / "out")
+    launched("--resume", tmp_path / "out")
     for path in (tmp_path / "undisturbed").iterdir():
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
 
@@ -139,7 +160,7 @@ def apart(tmp_path: Path, *arguments: object, dies_after: int = 99) -> subproces
 
 
 def test_processes_without_a_common_disk_go_on_and_leave_nothing(given, tmp_path):
-    launched("torchrun", *given, tmp_path / "undisturbed")
+    launched(*given, tmp_path / "undisturbed")
     assert apart(tmp_path, *given, tmp_path / "out", dies_after=2).returncode != 0
     assert (tmp_path / "out-0" / "comp_journal.json").is_file()
     assert {path.name for path in (tmp_path / "out-1" / "comp_work").glob("*-00002.bin")}
@@ -160,7 +181,7 @@ def test_processes_without_a_common_disk_go_on_and_leave_nothing(given, tmp_path
 
 
 def test_a_bad_value_ends_all_processes(given, tmp_path):
-    done = launched("torchrun", *given, "--num-samples", 1, tmp_path / "out", check=False)
+    done = launched(*given, "--num-samples", 1, tmp_path / "out", check=False)
     assert done.returncode != 0 and "1 calibration samples can't be shared by 2 processes" in done.stderr
     assert not (tmp_path / "out").exists()
 
@@ -307,14 +328,14 @@ def test_every_sample_is_one_processes(size, samples, batch):
 
 
 @pytest.mark.slow
-def test_the_real_model_in_two_processes(real_model, tmp_path):
+def test_real_layers_in_two_processes(first_layers, tmp_path):
     text, _ = read_text("pydoc")
     (tmp_path / "text.txt").write_text(text[: int(0.6 * len(text))])
-    given = ["--model", real_model, "--calibration", tmp_path / "text.txt", "--num-samples", 16]
+    given = ["--model", first_layers, "--calibration", tmp_path / "text.txt", "--num-samples", 16]
     run("prune", *given, tmp_path / "one")
-    launched("torchrun", *given, tmp_path / "two")
+    launched(*given, tmp_path / "two")
     assert kept(tmp_path / "one") == kept(tmp_path / "two")
-    tokens = tokenize(AutoTokenizer.from_pretrained(real_model), text[int(0.6 * len(text)) :])[: 4 * 512]
+    tokens = tokenize(AutoTokenizer.from_pretrained(first_layers), text[int(0.6 * len(text)) :])[: 4 * 512]
     one, two = (
         perplexity(AutoModelForCausalLM.from_pretrained(tmp_path / name).eval(), tokens)[0] for name in ("one", "two")
     )

@@ -21,7 +21,7 @@ from optimum_comp.core.selection import reduce_channels
 from optimum_comp.families import family_of
 from optimum_comp.families.cutting import drop_dead_units
 from optimum_comp.report.explain import Run, explain_pruning, pruning_text
-from optimum_comp.sweep.fisher import FISHER_SAMPLES, STATE_DTYPE, fisher_rows, output_moments
+from optimum_comp.sweep.fisher import FISHER_SAMPLES, STATE_DTYPE, draw, fisher_rows, output_moments
 from optimum_comp.sweep.ranks import Ranks
 from optimum_comp.sweep.runner import LayerRunner
 from optimum_comp.sweep.states import ActivationStore
@@ -98,6 +98,18 @@ def test_the_best_mask_is_the_one_of_the_measured_outputs():
     torch.testing.assert_close(form.matrix[kept][:, [1]], dropped[:, :4].T @ dropped[:, 4:], rtol=1e-6, atol=1e-8)
 
 
+def test_tokens_are_drawn_by_their_chances():
+    chances = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.15, 0.05, 0.0])
+    found = draw(chances.expand(40_000, -1), torch.Generator().manual_seed(0))
+    assert found.shape == (40_000, 1)
+    counts = torch.bincount(found[:, 0], minlength=7)
+    # Five standard deviations of the most frequent one's.
+    assert (counts[chances == 0] == 0).all() and (counts / 40_000 - chances).abs().max() < 0.0125
+    for wrong in (torch.nan, torch.inf):
+        with pytest.raises(FloatingPointError, match="NaN or infinity"):
+            draw(torch.tensor([[0.5, wrong, 0.5]]), torch.Generator())
+
+
 def by_autograd(model, tokens: torch.Tensor, seed: int) -> list[torch.Tensor]:
     """The same through the whole model at once, with the same draws."""
     layers = family_of(model.config).get_layers(model)
@@ -114,7 +126,7 @@ def by_autograd(model, tokens: torch.Tensor, seed: int) -> list[torch.Tensor]:
         behind.clear()
         logits = model(input_ids=sample[None], use_cache=False).logits[0]
         generator = torch.Generator().manual_seed(1_000_003 * seed + row)
-        labels = torch.multinomial(torch.softmax(logits.detach(), -1), 1, generator=generator)[:, 0]
+        labels = draw(torch.softmax(logits.detach(), -1), generator)[:, 0]
         functional.cross_entropy(logits, labels, reduction="sum").backward()
         for moment, state in zip(moments, behind, strict=True):
             moment += state.grad[0].T @ state.grad[0]

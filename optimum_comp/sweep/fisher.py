@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from tqdm.auto import tqdm
 
 from optimum_comp.sweep.loop import sweep
@@ -137,7 +136,6 @@ def _gradient_of_loss(runner: LayerRunner, sample: Tensor, last: Tensor, generat
 
     A position's logits depend on no other position's hidden state there, so their gradients don't either.
     """
-    # Logits, their chances and three gradients are there at once.
     step = runner.positions_of_gradients
     parts = []
     for first in range(0, last.shape[1], step):
@@ -145,11 +143,26 @@ def _gradient_of_loss(runner: LayerRunner, sample: Tensor, last: Tensor, generat
         with torch.enable_grad():
             hidden = last[:, part].clone().requires_grad_()
             logits = runner.logits(sample[:, part], hidden * 1)[0].float()
-            # Drawn on the processor, so that every device draws the same.
-            chances = torch.softmax(logits.detach(), -1).cpu()
-            if not torch.isfinite(chances).all():
-                raise FloatingPointError("NaN or infinity in the model's predictions.")
-            drawn = torch.multinomial(chances, 1, generator=generator)[:, 0].to(logits.device)
-            loss = functional.cross_entropy(logits, drawn, reduction="sum")
-            parts.append(torch.autograd.grad(loss, hidden)[0])
+            chances = torch.softmax(logits.detach(), -1)
+            drawn = draw(chances, generator)
+            # Of the cross-entropy in the logits; it takes what is there already, and its own code would make it anew.
+            chances.scatter_add_(1, drawn, -torch.ones_like(drawn, dtype=chances.dtype))
+            parts.append(torch.autograd.grad(logits, hidden, chances)[0])
     return torch.cat(parts, 1)
+
+
+def draw(chances: Tensor, generator: torch.Generator) -> Tensor:
+    """A token for each row of chances `[rows, vocabulary]`, `[rows, 1]`.
+
+    One random number a row, and not one for each of its tokens, as `torch.multinomial` takes.
+
+    Raises:
+        FloatingPointError: a chance is NaN or infinite.
+    """
+    # On the processor, so that every device draws the same.
+    below = chances.cpu().cumsum(-1)
+    total = below[:, -1:]
+    if not torch.isfinite(total).all():
+        raise FloatingPointError("NaN or infinity in the model's predictions.")
+    wanted = torch.rand(len(below), 1, generator=generator) * total
+    return torch.searchsorted(below, wanted, right=True).clamp_max_(below.shape[1] - 1).to(chances.device)

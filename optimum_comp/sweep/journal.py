@@ -36,7 +36,7 @@ from optimum_comp.sweep.entries import (
 from optimum_comp.sweep.ranks import first_says, is_first_process
 
 
-_FORMAT = 4
+_FORMAT = 5
 _TOKENS = "tokens.safetensors"
 
 

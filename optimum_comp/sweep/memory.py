@@ -338,7 +338,7 @@ def predict(work: Workload, plan: MemoryPlan, base: int) -> MemoryPlan:
         back = work.length * work.compute * (30 * work.hidden + 10 * work.width) + work.layer_parameters * 2
         head = 0 if work.whole_model else work.head_parameters * work.compute
         positions = min(work.length, positions_of_gradients(work.hidden, work.vocabulary))
-        logits = 6 * 4 * positions * work.vocabulary
+        logits = 5 * 4 * positions * work.vocabulary
         passed = work.gradients * work.length * work.hidden * work.compute
         feeling = passed + max(layer + back + 2 * work.hidden**2 * 4, embedding + head + logits)
         if not in_files:

@@ -22,14 +22,14 @@ _LOGITS = 2**24
 def positions_of_gradients(hidden: int, vocabulary: int) -> int:
     """Positions of a sample whose logits may be there several times over, for gradients.
 
-    The head is read once for each such part, and with few positions that is all the time that it takes. The logits of
-    so many take about as much memory as the head does.
+    The head is read once for each such part, and with few positions that is all the time that it takes. What there is
+    of so many, five times their logits at most, takes about as much memory as the head does.
 
     Args:
         hidden: hidden size.
         vocabulary: its size.
     """
-    return max(1, _LOGITS // 8 // vocabulary, hidden // 8)
+    return max(1, _LOGITS // 8 // vocabulary, hidden // 6)
 
 
 class _StopForward(Exception):  # noqa: N818 - control flow, never an error that a user sees
@@ -171,8 +171,10 @@ class LayerRunner:
             found.append(args[0] if args else kwargs["hidden_states"])
             raise _StopForward
 
+        # Told that all tokens are there, transformers 4 doesn't look for several texts in a sample, which takes longer
+        # than a small model's layers do.
         with self._standing_in([stop] * len(self._arguments)), contextlib.suppress(_StopForward):
-            self._model.base_model(input_ids=tokens, use_cache=False)
+            self._model.base_model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
         return found[0]
 
     def embed_all(self, batches: Sequence[Tensor], states: ActivationStore) -> None:
@@ -214,7 +216,7 @@ class LayerRunner:
             return (hidden,) if self._is_tuple else hidden
 
         with self._standing_in([give] * len(self._arguments)):
-            return self._model(input_ids=tokens, use_cache=False).logits
+            return self._model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
 
     def products(self) -> contextlib.AbstractContextManager[Any]:
         """Matrix products meanwhile have factors of `matmul_dtype`, and so may their results."""
