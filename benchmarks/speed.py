@@ -86,6 +86,8 @@ def main() -> None:
             print(f"\n{llama_cpp.NOTE}\n")
         if args.report is not None:
             print(write_report(results, args.report, f"{Path(args.model).name}: size and speed against perplexity"))
+        # What an hour has measured isn't lost with what follows.
+        write(args.json, results)
         speeds = in_turns(models, [name for name in results if name not in models], work, settings, args)
     print(f"\nTaking turns, medians of {args.turns}; prompts against PyTorch:\n")
     prompts = dict.fromkeys((f"prompt of {settings.prompt_tokens}", f"prompt of {settings.long_prompt_tokens}"), TORCH)
@@ -93,9 +95,16 @@ def main() -> None:
     for name in speeds:
         smaller = 1 - results[name].size_bytes / results[DENSE].size_bytes
         print(f"{name}: {smaller:.1%} smaller, decodes {turns.ratio(speeds, name, DENSE, -1):.2f} times as fast")
-    if args.json is not None:
-        found = {name: {**result.to_dict(), "turns": speeds[name]} for name, result in results.items()}
-        args.json.write_text(json.dumps(found, indent=1))
+    write(args.json, results, speeds)
+
+
+def write(path: Path | None, results: Mapping[str, Evaluation], speeds: Speeds | None = None) -> None:
+    """What was measured, as JSON; the speeds of each turn, too, once they are there."""
+    if path is not None:
+        found = {name: result.to_dict() for name, result in results.items()}
+        for name, measured in (speeds or {}).items():
+            found[name]["turns"] = measured
+        path.write_text(json.dumps(found, indent=1))
 
 
 def in_turns(models: Mapping[str, Path], formats: Iterable[str], work: Path, settings: Settings, args: Any) -> Speeds:

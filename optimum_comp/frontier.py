@@ -275,6 +275,8 @@ class Frontier:
         if self.settings.has_budget:
             missed = nearest_text(self.settings, self.points)
             return f"Nothing that was made keeps to {wanted_text(self.settings)}. {missed}"
+        if not any(each.candidate.sparsity for each in self.points):
+            return "Nothing pruned was tried, so what is best is among fewer bits."
         if not pruned:
             return "Fewer bits are best at every size that was tried: no pruned model is on the front."
         largest = max(pruned, key=lambda each: each.size)

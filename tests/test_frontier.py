@@ -274,5 +274,7 @@ def test_the_verdict_says_where_quantization_alone_is_best():
     assert "Quantization alone is best here" in found.verdict()
     nothing = dataclasses.replace(found, settings=FrontierSettings(text=["a.txt"]), chosen=None)
     assert "Above 150 B, fewer bits alone are best" in nothing.verdict()
-    bits = dataclasses.replace(nothing, points=POINTS[:3])
+    alone = dataclasses.replace(nothing, points=POINTS[:3])
+    assert "Nothing pruned was tried" in alone.verdict()
+    bits = dataclasses.replace(nothing, points=[*POINTS[:3], point("pruned", 0.2, 200, 0.05, 3.0)])
     assert "best at every size" in bits.verdict()
