@@ -70,9 +70,9 @@ ATTENTION = ("--axes", "ffn,kv", "--attention-fraction", 0.9)
 
 
 ONE_AFTER_ANOTHER = """
-import json, sys
+import sys
 from optimum.commands.optimum_cli import main
-for arguments in json.loads(sys.argv[1]):
+for arguments in {}:
     sys.argv = ["optimum-cli", "comp", "prune", *arguments]
     main()
 """
@@ -90,13 +90,9 @@ for arguments in json.loads(sys.argv[1]):
     ],
 )
 def test_two_processes_decide_as_one(launcher, runs, given, tmp_path):
-    (tmp_path / "code.py").write_text(ONE_AFTER_ANOTHER)
     arguments = [[*map(str, [*given, *more, tmp_path / f"two-{number}"])] for number, more in enumerate(runs)]
-    command = [*LAUNCHERS[launcher], sys.executable, tmp_path / "code.py", json.dumps(arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("decoder layers removed") == len(runs)
+    said = together(ONE_AFTER_ANOTHER.format(arguments), tmp_path, *LAUNCHERS[launcher], sys.executable)
+    assert "\n".join(said).count("decoder layers removed") == len(runs)
     for number, more in enumerate(runs):
         one, two = tmp_path / f"one-{number}", tmp_path / f"two-{number}"
         run("prune", *given, *more, one)

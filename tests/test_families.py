@@ -119,7 +119,7 @@ def test_every_metric_goes_with_every_recovery(metric, recovery):
     report = prune("llama", sparsity=0.3, **fields).report
     # Least squares leaves 0.27 to 0.32 where inputs count; repairing nothing doesn't reach that (0.36 to 0.47), a mask
     # leaves up to 0.47. Neurons chosen blindly leave up to 0.46, 0.62 and 0.71.
-    seeing, blind = {"least_squares": (0.34, 0.5), "none": (0.5, 0.66), "mask": (0.5, 0.76)}[recovery]
+    seeing, blind = {"least_squares": (0.34, 0.5), "none": (0.48, 0.66), "mask": (0.5, 0.76)}[recovery]
     most = blind if metric in ("magnitude", "random") else seeing
     assert all(0.2 < layer.relative_error < most for layer in report.layers)
 
