@@ -191,6 +191,10 @@ def available_memory() -> int:
     return int(psutil.Process().memory_info().rss) + free_memory()
 
 
+class NotEnoughMemoryError(ValueError):
+    """A step needs more memory than there is."""
+
+
 def require_memory(steps: Mapping[str, int], limit: int | None) -> None:
     """Refuse a chain one step of which won't fit, before the first one starts.
 
@@ -200,12 +204,13 @@ def require_memory(steps: Mapping[str, int], limit: int | None) -> None:
             it, now.
 
     Raises:
-        ValueError: a step needs more; names the first one, what it needs and what is there, and says what to do.
+        NotEnoughMemoryError: a step needs more; names the first one, what it needs and what is there, and says what
+            to do.
     """
     room, named = (available_memory(), "are there") if limit is None else (limit, "are allowed (max_memory)")
     for step, needed in steps.items():
         if needed > room:
-            raise ValueError(
+            raise NotEnoughMemoryError(
                 f"{step} needs about {format_bytes(needed)} of memory, and {format_bytes(room)} {named}; "
                 f"{_WAYS_OUT.get(step, _WAY_OUT)}"
             )

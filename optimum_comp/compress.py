@@ -105,8 +105,10 @@ class Compression:
             aim = f"{verdict} the {QUANTIZED_TOLERANCE:g} aimed at"
             lines.append(f"Quantization: {loss:.4f} times the float model's perplexity, {aim}.")
         if self.stages:
-            smaller = 1 - list(self.stages.values())[-1].size_bytes / next(iter(self.stages.values())).size_bytes
-            lines.append(f"{self.output}: {smaller:.1%} smaller than the dense model.")
+            sizes = [stage.size_bytes for stage in self.stages.values()]
+            # Of a model whose files can't be found, nothing is known.
+            smaller = f"{1 - sizes[-1] / sizes[0]:.1%} smaller than the dense model" if sizes[0] else "complete"
+            lines.append(f"{self.output}: {smaller}.")
         else:
             lines.append(f"{self.output}: complete; nothing was measured.")
         if self.bundle is not None:

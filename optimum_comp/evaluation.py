@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from optimum_comp.beginning import Beginning, decide, in_front, losses_of_model, spread, start_tokens
 from optimum_comp.calibration.text import PYDOC, first_tokens, read_beginning, read_text, tokenize
 from optimum_comp.checkpoint.opening import open_config, trusted
-from optimum_comp.checkpoint.reader import resolve_folder
+from optimum_comp.checkpoint.reader import resolve_folder, weight_files
 from optimum_comp.checkpoint.source import empty_model
 from optimum_comp.checkpoint.tokenizer import open_tokenizer
 from optimum_comp.configuration import BEGINS
@@ -239,7 +239,7 @@ def evaluate(path: str | Path, settings: Settings, **kwargs: Any) -> Evaluation:
         _require_room(settings, tokenizer)
     started = time.perf_counter()
     model, runtime = load_model(path, settings.threads, **kwargs)
-    result = Evaluation(str(path), runtime, count_parameters(config), weight_bytes(path))
+    result = Evaluation(str(path), runtime, count_parameters(config), weight_bytes(path, lookup_arguments(kwargs)))
     result.vocabulary = getattr(config, "vocab_size", None)
     result.load_seconds = time.perf_counter() - started
     result.threads = settings.threads or torch.get_num_threads()
@@ -438,14 +438,24 @@ def count_parameters(config: Any) -> int:
     return parameter_count(model) - filled_parameters(model)
 
 
-def weight_bytes(path: str | Path) -> int:
-    """Size of a folder's weight files; of a hub id, what its cached snapshot holds."""
+def weight_bytes(path: str | Path, lookup: Mapping[str, Any] | None = None) -> int:
+    """Size of a folder's weight files; of a hub id, what its cached snapshot holds.
+
+    Args:
+        path: the folder, or a hub id.
+        lookup: how it is found (see `lookup_arguments`).
+    """
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        return file_bytes(resolve_folder(str(path), {"local_files_only": True}, _WEIGHT_FILES), _WEIGHT_FILES)
+        folder = resolve_folder(str(path), {**(lookup or {}), "local_files_only": True}, _WEIGHT_FILES)
     except LocalEntryNotFoundError:
         return 0
+    named = (lookup or {}).get("gguf_file")
+    if named is not None:
+        return file_bytes(folder, (str(named),))
+    # A folder may hold the same weights a second time, as a pickle or as GGUF.
+    return sum(file.stat().st_size for file in weight_files(folder)) or file_bytes(folder, _WEIGHT_FILES)
 
 
 def evaluate_apart(path: str | Path, settings: Settings, **kwargs: Any) -> Evaluation:
@@ -503,7 +513,8 @@ def evaluate_all(
 
 
 def _ending(status: int) -> str:
-    if status == -signal.SIGKILL:
+    # Windows has no such signal.
+    if status == -getattr(signal, "SIGKILL", 0) < 0:
         return "SIGKILL: the system may have run out of memory"
     return f"signal {-status}" if status < 0 else f"status {status}"
 

@@ -17,12 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from optimum_comp.calibration.text import PYDOC, CalibrationSource
-from optimum_comp.chain_memory import ModelSizes
+from optimum_comp.calibration.mix import parts_of
+from optimum_comp.calibration.text import PYDOC, SELF, CalibrationSource, read_beginning
+from optimum_comp.chain_memory import ModelSizes, NotEnoughMemoryError
 from optimum_comp.configuration import CompConfig
 from optimum_comp.distillation.settings import DistilSettings
 from optimum_comp.evaluation import Evaluation, Settings, evaluate_apart
-from optimum_comp.files import FRONTIER, check_folder, durably
+from optimum_comp.files import FRONTIER, durably, hold
 from optimum_comp.onnx.recipes import FOUR, RECIPES, Format
 from optimum_comp.onnx.runtime import require_onnxruntime
 from optimum_comp.onnx.search import BudgetError
@@ -30,7 +31,7 @@ from optimum_comp.options import Boolean, Duration, Number, Share, Shares, Size,
 from optimum_comp.report.plots import pareto_front
 from optimum_comp.report.table import markdown_table
 from optimum_comp.stages.base import Artifact, Stage, digest, source_identity
-from optimum_comp.stages.chain import Chain
+from optimum_comp.stages.chain import Chain, check_output, warn_of_known_text
 from optimum_comp.stages.distil import Distil
 from optimum_comp.stages.export import Export, ExportSettings
 from optimum_comp.stages.prune import Prune, Running
@@ -130,7 +131,7 @@ class Candidate:
     @property
     def name(self) -> str:
         """In words."""
-        pruned = f"pruned {self.sparsity:.0%}" if self.sparsity else "dense"
+        pruned = f"pruned {100 * self.sparsity:.4g}%" if self.sparsity else "dense"
         tokens = f", {' and '.join(self.scripts)} only" if self.scripts else ""
         return f"{pruned}{tokens}, {self.weights}" + ", trained" * (self.weights == TRAINED)
 
@@ -356,6 +357,7 @@ def find_frontier(
     *,
     config: CompConfig | None = None,
     calibration: CalibrationSource | None = None,
+    running: Running | None = None,
     exporter: str = "auto",
     target: str = "any",
     measuring: Settings | None = None,
@@ -372,7 +374,9 @@ def find_frontier(
         output: gets a folder for each sparsity, `comp_frontier.json` and `README.md`.
         settings: what is tried, and what is wanted.
         config: how to prune, but for the sparsity; the defaults if `None`.
-        calibration: text to calibrate with; the model's own (`self`) if `None`.
+        calibration: text to calibrate with and to train on; if `None`, Python's documentation (`pydoc`), and for
+            pruning what the model writes (`self`).
+        running: how to go about pruning, and where it is trained; its calibration counts if `calibration` is `None`.
         exporter: see `export_onnx`.
         target: the processor that it is for.
         measuring: how to measure; its text is not looked at.
@@ -392,6 +396,7 @@ def find_frontier(
         settings or FrontierSettings(),
         config or CompConfig(),
         calibration,
+        running or Running(),
         ExportSettings(exporter=exporter),
         target,
         measuring or Settings(),
@@ -411,6 +416,7 @@ class _Walk:
         settings: FrontierSettings,
         config: CompConfig,
         calibration: CalibrationSource | None,
+        running: Running,
         export: ExportSettings,
         target: str,
         measuring: Settings,
@@ -419,7 +425,8 @@ class _Walk:
         loading: Mapping[str, Any],
     ):
         self.model, self.output, self.settings, self.config = model, output, settings, config
-        self.calibration, self.export, self.target, self.measuring = calibration, export, target, measuring
+        self.calibration = running.calibration if calibration is None else calibration
+        self.running, self.export, self.target, self.measuring = running, export, target, measuring
         self.max_memory, self.overwrite, self.loading = max_memory, overwrite, loading
         self.started = time.monotonic()
         # Longest time of each kind of step so far, to tell what the next one will take.
@@ -427,31 +434,64 @@ class _Walk:
         self.points: list[Point] = []
         self.left: dict[str, str] = {}
         self.sizes: dict[str, ModelSizes] = {}
+        # By key, what was measured, also for budgets that asked for other candidates.
+        self.known: dict[str, list[Evaluation]] = {}
 
     def run(self) -> Frontier:
         require_onnxruntime()
         if self.settings.min_speedup is not None and not self.measuring.prompt_tokens:
             raise ValueError("prompt_tokens=0 measures no speed, which min_speedup asks for.")
         is_ours = (self.output / FRONTIER).is_file()
-        check_folder(self.output, overwrite=is_ours, sources=[self.model] if Path(self.model).exists() else [])
-        known = self._known()
+        sources = [Path(self.model)] if Path(self.model).exists() else []
+        check_output(self.output, is_ours=is_ours, overwrite=self.overwrite, sources=sources)
+        self._read_texts()
         self._refuse_what_cannot_fit()
-        self.output.mkdir(parents=True, exist_ok=True)
+        tried = (*self._of(0.0), *self._of((self.settings.sparsities or [_USUAL])[0]))
+        read = {text for candidate in tried for text in self._chain(candidate).read_texts()}
+        for text in self.settings.text:
+            warn_of_known_text(text, read)
+        try:
+            with hold(self.output):
+                self.known = self._known()
+                # From now on the folder is a frontier's.
+                self._write()
+                for candidate in self._candidates():
+                    self._try(candidate)
+                return self._write()
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt(
+                f"what was made and measured is kept in {self.output}; go on with the same command."
+            ) from error
+
+    def _try(self, candidate: Candidate) -> None:
+        reason = self._reason_against(candidate)
+        if reason is not None:
+            self.left[candidate.name] = reason
+            return
+        logger.info("Candidate %d: %s.", len(self.points) + 1, candidate.name)
+        try:
+            self.points.append(self._made(candidate))
+        except (BudgetError, FileExistsError, NotEnoughMemoryError) as error:
+            if not self.points:
+                # Everything is compared with the first.
+                raise
+            self.left[candidate.name] = str(error).splitlines()[0].rstrip(".")
+            return
+        self._compare(self.points[-1])
         self._write()
-        for candidate in self._candidates():
-            reason = self._reason_against(candidate)
-            if reason is not None:
-                self.left[candidate.name] = reason
-                continue
-            logger.info("Candidate %d: %s.", len(self.points) + 1, candidate.name)
-            try:
-                self.points.append(self._made(candidate, known))
-            except BudgetError as error:
-                self.left[candidate.name] = str(error).splitlines()[0].rstrip(".")
-                continue
-            self._compare(self.points[-1])
-            self._write()
-        return self._write()
+
+    def _read_texts(self) -> None:
+        """Look whether there is text where it is said to be."""
+        if self.calibration is not None and not isinstance(self.calibration, (str, Path)):
+            raise ValueError(
+                "calibration is to be a file, a dataset's name, self, pydoc or a mix of them: candidates read it anew."
+            )
+        wanted = list(self.settings.text)
+        if self.calibration is not None:
+            wanted += [part.source for part in parts_of(str(self.calibration))] or [str(self.calibration)]
+        for text in wanted:
+            if text not in (SELF, PYDOC):
+                read_beginning(text, self.running.text_column, 1)[0](1)
 
     def _candidates(self) -> Iterator[Candidate]:
         """What is tried; how much is pruned, only when what isn't pruned is there."""
@@ -537,17 +577,19 @@ class _Walk:
         if candidate.sparsity:
             fields = {**config.fields(), "sparsity": candidate.sparsity}
             # One model for all precisions: what evens out activations for 8 bits costs 4 bits some quality.
-            stages.append(Prune(CompConfig(**fields), Running(), self.calibration, is_equalized=config.equalize))
+            stages.append(Prune(CompConfig(**fields), self.running, self.calibration, is_equalized=config.equalize))
         elif candidate.weights != FLOAT:
             source = PYDOC if self.calibration is None else self.calibration
             samples = SampleSettings(
                 calibration=str(source),
+                text_column=self.running.text_column,
                 num_samples=min(SAMPLES, config.num_samples),
                 sequence_length=config.sequence_length,
                 begin=config.begin,
             )
         if candidate.weights == TRAINED:
-            stages.append(Distil(DistilSettings(rounding=TRAINED, time=self.settings.distil_time)))
+            running = {name: getattr(self.running, name) for name in ("device", "matmul_dtype", "text_column")}
+            stages.append(Distil(DistilSettings(rounding=TRAINED, time=self.settings.distil_time, **running)))
         stages.append(Export(self.export))
         if candidate.weights != FLOAT:
             is_mixed = candidate.weights == MIXED
@@ -643,7 +685,7 @@ class _Walk:
         # Both streams, the gradients and the solves: some six passes over the calibration text.
         return seconds + self.took.get("export", 60.0) + self.took.get("prune", 6 * tokens / speed)
 
-    def _made(self, candidate: Candidate, known: Mapping[str, list[Evaluation]]) -> Point:
+    def _made(self, candidate: Candidate) -> Point:
         chain = self._chain(candidate)
         outcome = chain.run()
         artifact = chain.result
@@ -652,8 +694,8 @@ class _Walk:
             self._take(name, cost.seconds)
         started = time.monotonic()
         key = self._key(artifact)
-        if key in known:
-            return Point(candidate, artifact.folder, key, known[key])
+        if key in self.known:
+            return Point(candidate, artifact.folder, key, self.known[key])
         logger.info("Measuring %s ...", candidate.name)
         evaluations = []
         for number, text in enumerate(self.settings.text):
@@ -665,6 +707,7 @@ class _Walk:
             trusts = {k: v for k, v in self.loading.items() if k == "trust_remote_code"}
             evaluations.append(evaluate_apart(artifact.place, settings, **trusts))
             evaluations[-1].model = candidate.name
+        self.known[key] = evaluations
         self._take("measure", time.monotonic() - started)
         return Point(candidate, artifact.folder, key, evaluations)
 
@@ -688,14 +731,22 @@ class _Walk:
     def _known(self) -> dict[str, list[Evaluation]]:
         """What an earlier walk has measured, by key."""
         try:
-            points = read_object(self.output / FRONTIER)["points"]
+            found = read_object(self.output / FRONTIER)
+            points = [*found["points"], *found.get("others", [])]
             return {each["key"]: [Evaluation(**one) for one in each["evaluations"]] for each in points}
         except (OSError, ValueError, KeyError, TypeError):
             return {}
 
     def _write(self) -> Frontier:
         found = Frontier(self.output, self.settings, self.points, choose(self.points, self.settings), self.left)
-        text = json.dumps(found.to_dict() if self.points else {"points": []}, indent=1) + "\n"
+        shown = {point.key for point in self.points}
+        others = [
+            {"key": key, "evaluations": [each.to_dict() for each in evaluations]}
+            for key, evaluations in self.known.items()
+            if key not in shown
+        ]
+        told = found.to_dict() if self.points else {"points": []}
+        text = json.dumps({**told, "others": others}, indent=1) + "\n"
         with durably(self.output / FRONTIER) as partial:
             partial.write_text(text, encoding="utf-8")
         if self.points:

@@ -71,6 +71,8 @@ from optimum_comp.utils import (
 
 logger = get_logger(__name__)
 
+_WAITING = "pruned layers"
+
 
 class CompPruner:
     """Prunes a decoder-only language model with COMP.
@@ -359,7 +361,11 @@ class CompPruner:
         written = before if config.allocation == "adaptive" else after
         disk = disk_bytes(work, plan, written, resumable=folder is not None)
         if folder is None or self._source.is_resident:
-            self._scratch = make_scratch(disk, announced=self._ranks.is_first) if disk else None
+            self._scratch = (
+                make_scratch(disk, _WAITING, announced=self._ranks.is_first, otherwise="Give output=, or ")
+                if disk
+                else None
+            )
         elif unfinished is None:
             check_disk(folder, disk)
         self._interrupted = True
@@ -730,7 +736,7 @@ class CompPruner:
             kwargs: `token`, `private`, `commit_message`, `revision`, `max_shard_size`.
         """
         self._finished()
-        with make_scratch(self._saved_bytes()) as folder:
+        with make_scratch(self._saved_bytes(), _WAITING) as folder:
             shard = {"max_shard_size": kwargs.pop("max_shard_size")} if "max_shard_size" in kwargs else {}
             return upload(self.save_pretrained(Path(folder) / repo_id.split("/")[-1], **shard), repo_id, **kwargs)
 

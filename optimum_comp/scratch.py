@@ -1,4 +1,4 @@
-"""Where what is pruned waits to be saved: a temporary folder with room for it, which isn't in memory."""
+"""Temporary folders with room for what is to be in them, which aren't in memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _CHOICES = ("TMPDIR", "TEMP", "TMP")
 _IN_MEMORY = ("tmpfs", "ramfs")
 
 
-def make_scratch(needed: int, *, announced: bool = True) -> TemporaryDirectory[str]:
+def make_scratch(needed: int, what: str, *, announced: bool = True, otherwise: str = "") -> TemporaryDirectory[str]:
     """Make a temporary folder, which is removed when the object that is returned is.
 
     It is where the user wants temporary files (`TMPDIR`); else where the system has them, if that isn't in memory and
@@ -29,7 +29,9 @@ def make_scratch(needed: int, *, announced: bool = True) -> TemporaryDirectory[s
 
     Args:
         needed: bytes that are going to be written there.
+        what: waits there.
         announced: say which folder it is.
+        otherwise: what else to do where there is no room, as the beginning of a sentence that goes on with "set".
 
     Raises:
         OSError: there is no room in any of them.
@@ -43,14 +45,15 @@ def make_scratch(needed: int, *, announced: bool = True) -> TemporaryDirectory[s
     if not fitting:
         known = "; ".join(_describe(place, free[place]) for place in places)
         raise OSError(
-            f"without an output folder, pruned layers wait in a temporary one, which needs {format_bytes(needed)}: "
-            f"{known}. Give output=, or set TMPDIR to a folder with the room."
+            f"{what} wait in a temporary folder, which needs {format_bytes(needed)}: {known}. "
+            f"{otherwise}{'set' if otherwise else 'Set'} TMPDIR to a folder with the room."
         )
     place = fitting[0]
     scratch = TemporaryDirectory(prefix="optimum-comp-" if place == usual else ".optimum-comp-", dir=place)
     if announced:
         logger.info(
-            f"Pruned layers wait in {scratch.name} ({format_bytes(needed)} needed, {format_bytes(free[place])} free)."
+            f"{what.capitalize()} wait in {scratch.name} ({format_bytes(needed)} needed, {format_bytes(free[place])} "
+            "free)."
         )
     return scratch
 

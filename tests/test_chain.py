@@ -12,6 +12,7 @@ from pathlib import Path
 
 import breaking
 import pytest
+import torch
 import yaml
 from conftest import need_onnx, run, run_until, tiny_blocks, tiny_model, tiny_tokenizer
 
@@ -26,6 +27,7 @@ from optimum_comp.evaluation import Settings  # noqa: E402
 from optimum_comp.onnx.search import Budget  # noqa: E402
 from optimum_comp.stages.chain import Chain  # noqa: E402
 from optimum_comp.stages.prune import Prune, Running  # noqa: E402
+from optimum_comp.stages.quantize import SAMPLES, spread_out  # noqa: E402
 from optimum_comp.stages.recipe import Recipe  # noqa: E402
 
 
@@ -440,11 +442,31 @@ def test_a_budget_that_turns_out_too_small_keeps_the_pruned_model(made, tmp_path
     assert (tmp_path / "out" / "pruned" / "model.safetensors").is_file()
 
 
+def test_a_model_that_export_cannot_read_is_refused_before_it_is_measured(made, tmp_path):
+    wrong = {"recipe": 1, "model": str(made / "model"), "stages": ["export", "quantize"], "measure": False}
+    for loading, kind in (({"gguf_file": "model.gguf"}, "a GGUF file"), ({"use_safetensors": False}, "a pickle")):
+        with pytest.raises(ValueError, match=f"export reads safetensors, and .* is loaded from {kind}; save it with"):
+            run_recipe(Recipe.from_dict(wrong), tmp_path / "out", loading=loading)
+    folder = tmp_path / "model"
+    shutil.copytree(made / "model", folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="holds its weights as a pickle"):
+        run_recipe(Recipe.from_dict({**wrong, "model": str(folder)}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_quantization_after_pruning_looks_at_all_of_the_text():
+    places = spread_out(torch.arange(200).view(200, 1)).flatten().tolist()
+    assert len(set(places)) == SAMPLES and (places[0], places[-1]) == (0, 199) and places == sorted(places)
+    assert spread_out(torch.arange(5)).tolist() == list(range(5))
+
+
 def test_ctrl_c_on_the_command_line_says_how_to_go_on(made, tmp_path):
     given = ("compress", "--model", made / "model", "--calibration", made / "text.txt", "--no-measure")
     small = ("--num-samples", 8, "--sequence-length", 32, "--round-to", 8)
     status, rest = run_until("export: making", *given, *small, tmp_path / "out")
     assert status == 130 and f"--resume {tmp_path / 'out'}" in rest and "pruned is kept" in rest
+    assert "--bundle" not in rest
     done = run("compress", "--resume", "--bundle", tmp_path / "phone", tmp_path / "out")
     assert "Taking up pruned; making pruned-onnx, pruned-int8, bundle." in done.stderr
     verify_bundle(tmp_path / "phone")

@@ -221,7 +221,12 @@ def test_compress_and_quantize(tiny_folder, text, tmp_path):
 @pytest.mark.onnx
 def test_quantize_to_4_bits_and_to_a_budget(tiny_folder, text, tmp_path):
     given = ("--calibration", text, "--num-samples", 4, "--sequence-length", 32)
+    # What a kill has left is cleared away.
+    left = tmp_path / ".q4.quantizing" / ".onnx.partial-0123abcd"
+    left.mkdir(parents=True)
+    (left / "model.onnx").write_bytes(bytes(10))
     run("quantize", "--model", tiny_folder, "--weights", "int4", "--target", "arm64", *given, tmp_path / "q4")
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
     recorded = json.loads((tmp_path / "q4" / "ort_config.json").read_text())["comp_recipe"]
     assert (recorded["name"], recorded["target"]) == ("int4", "arm64")
     assert {form["bits"] for form in recorded["nodes"].values()} == {4, 8}

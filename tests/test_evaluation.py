@@ -8,7 +8,15 @@ import pytest
 import torch
 from conftest import tiny_blocks, tiny_model
 
-from optimum_comp.evaluation import Settings, answer, count_parameters, evaluate, evaluate_apart, perplexity
+from optimum_comp.evaluation import (
+    Settings,
+    answer,
+    count_parameters,
+    evaluate,
+    evaluate_apart,
+    perplexity,
+    weight_bytes,
+)
 from optimum_comp.report.table import evaluation_table
 from optimum_comp.utils import peak_memory_bytes
 
@@ -48,6 +56,18 @@ def test_evaluation_in_a_process_of_its_own(tiny_folder, tmp_path):
     assert result.peak_memory_bytes > 50e6
     table = evaluation_table({"one": result, "two": here})
     assert f"{result.perplexity:.2f} (1.000x)" in table and "620 predicted tokens in windows of 32" in table
+
+
+def test_weights_that_are_there_twice_count_once(tmp_path):
+    folder = tmp_path / "model" / "inner"
+    tiny_model("llama").save_pretrained(folder)
+    size = (folder / "model.safetensors").stat().st_size
+    (folder / "pytorch_model.bin").write_bytes(bytes(1000))
+    (folder / "model.gguf").write_bytes(bytes(500))
+    assert weight_bytes(folder) == weight_bytes(tmp_path / "model", {"subfolder": "inner"}) == size
+    assert weight_bytes(folder, {"gguf_file": "model.gguf"}) == 500
+    (folder / "model.safetensors").unlink()
+    assert weight_bytes(folder) == 1500
 
 
 def test_peak_memory_is_that_of_the_process_alone():

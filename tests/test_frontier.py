@@ -27,6 +27,7 @@ from optimum_comp.frontier import (  # noqa: E402
     find_frontier,
 )
 from optimum_comp.stages.export import ExportSettings  # noqa: E402
+from optimum_comp.stages.prune import Running  # noqa: E402
 
 
 pytestmark = pytest.mark.usefixtures("measured_here")
@@ -48,7 +49,8 @@ def made(tmp_path_factory):
 
 def walk(made: Path, output: Path, **settings) -> Frontier:
     settings = {"distil": False, **settings}
-    asked = FrontierSettings(sparsities=[0.3], text=[str(made / "dog.txt"), str(made / "cat.txt")], **settings)
+    settings.setdefault("text", [str(made / "dog.txt"), str(made / "cat.txt")])
+    asked = FrontierSettings(sparsities=[0.3], **settings)
     return find_frontier(
         made / "model", output, asked, config=CONFIG, calibration=str(made / "cat.txt"), measuring=MEASURING
     )
@@ -82,6 +84,14 @@ def test_every_candidate_is_made_measured_and_kept(made, tmp_path):
     sized = walk(made, tmp_path / "out", max_size=limit)
     assert sized.chosen is not None and sized.chosen.size <= limit
     assert sized.chosen.increase == min(point.increase for point in sized.points if point.size <= limit)
+    # A second size has mixes of its own, beside the first's, and what only the first one asked for stays measured.
+    other = walk(made, tmp_path / "out", max_size=limit - 3000)
+    (mixed,) = (each for each in other.points if each.candidate.name == "pruned 30%, mixed")
+    assert mixed.size <= limit - 3000 and mixed.folder.is_dir()
+    first = [each for each in sized.points if each.candidate.weights == "mixed"]
+    assert first and all(each.folder.is_dir() for each in first)
+    stored = json.loads((tmp_path / "out" / "comp_frontier.json").read_text())
+    assert {each["key"] for each in stored["others"]} >= {each.key for each in first}
 
 
 def test_for_a_size_as_little_is_pruned_as_fits(made, tmp_path):
@@ -116,7 +126,7 @@ def test_what_is_unmeasured_is_expected_to_take_the_least(made, tmp_path):
     weights = sum(each.numel() for each in tiny_model("llama").parameters())
     settings = FrontierSettings(max_size=weights // 2, text=[str(made / "dog.txt")])
     config = CompConfig(num_samples=8, sequence_length=32, round_to=16)
-    given = (config, str(made / "cat.txt"), ExportSettings(), "any", MEASURING, None, False, {})
+    given = (config, str(made / "cat.txt"), Running(), ExportSettings(), "any", MEASURING, None, False, {})
     walk = _Walk(str(made / "model"), tmp_path, settings, *given)
     small, usual = Candidate(0.0, "int4-small"), Candidate(0.0, "int4")
     assert walk._least(small) > settings.max_size
@@ -210,6 +220,14 @@ def test_compress_searches_where_only_a_budget_is_given(made, tmp_path):
     # On every text that is given, where a chain is measured on one.
     done = run(*given, "--text", made / "cat.txt", tmp_path / "out")
     assert "dog.txt" in done.stdout and "cat.txt" in done.stdout
+    assert "cat.txt is measured on, and calibrates" in done.stderr and "dog.txt is measured" not in done.stderr
+    # How to train, and what else to try, isn't how to keep the budget.
+    done = run(*given, "--max-size", "1GB", "--distil-time", "3s", "--no-distil", tmp_path / "out")
+    assert "dense, int8 was left out" in done.stdout and "trained" not in done.stdout
+    done = run(*given, "--max-size", "1GB", "--distil-time", "3s", tmp_path / "out")
+    assert "dense, int4-small, trained was left out: " in done.stdout
+    done = run("compress", "--model", made / "model", "--no-distil", tmp_path / "o", check=False)
+    assert done.returncode == 1 and "--no-distil is for a search over all levers" in done.stderr
     done = run(
         "compress", "--model", made / "model", "--text", "a.txt", "--text", "b.txt", tmp_path / "o", check=False
     )
@@ -233,6 +251,14 @@ def test_bad_input_is_refused_before_anything_is_made(made, tmp_path):
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
     with pytest.raises(FileExistsError):
         walk(made, tmp_path / "mine")
+    with pytest.raises((OSError, ValueError), match=r"missing\.txt"):
+        walk(made, tmp_path / "out", text=["missing.txt"])
+    with pytest.raises(ValueError, match="calibration is to be a file"):
+        find_frontier(made / "model", tmp_path / "out", calibration=["in memory"])
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="isn't what this command made"):
+        find_frontier(made / "model", tmp_path / "model", overwrite=True)
     assert not (tmp_path / "out").exists()
 
 

@@ -157,6 +157,9 @@ def test_weights_are_those_of_the_checkpoint(gemma):
 def test_auto_takes_optimum_where_the_built_graph_computes_something_else(tmp_path, monkeypatch):
     """Here since a mask is left out; whatever it is, PyTorch decides."""
     save(tiny_model("llama"), tmp_path / "torch")
+    # What comes along with a model may be a folder.
+    (tmp_path / "torch" / "additional_chat_templates").mkdir()
+    (tmp_path / "torch" / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
     monkeypatch.setattr(fused, "_MASKED", 0.0)
     with pytest.raises(RuntimeError, match=r"disagrees with PyTorch.*left padding"):
         export_onnx(tmp_path / "torch", tmp_path / "onnx", exporter="genai")
@@ -167,6 +170,7 @@ def test_auto_takes_optimum_where_the_built_graph_computes_something_else(tmp_pa
     assert "Optimum's exporter: the ONNX model disagrees" in report.text
     operators = {node.op_type for node in onnx.load(tmp_path / "onnx" / "model.onnx").graph.node}
     assert "GroupQueryAttention" not in operators
+    assert (tmp_path / "onnx" / "additional_chat_templates" / "tools.jinja").is_file()
 
 
 def test_auto_leaves_nothing_of_what_it_has_tried(tmp_path):

@@ -111,6 +111,12 @@ def test_the_most_sensitive_group_gets_its_bits_first(exported):
     assert ranked[0] in kept
 
 
+def test_a_size_alone_is_kept_with_nothing_measured(exported):
+    source, tokens = exported
+    found = search(source, Budget(size=graph_bytes(source) // 2), tokens[:8], tokens[:0])
+    assert found.size <= graph_bytes(source) // 2 and found.trials == () and found.increase is None
+
+
 def test_what_cannot_be_kept_is_said(exported, tmp_path):
     source, tokens = exported
     with pytest.raises(ValueError, match=r"max_size=1\.0 kB can't be kept.*4 bits"):

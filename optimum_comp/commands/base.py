@@ -13,9 +13,6 @@ from typing import Any
 from optimum.commands.base import BaseOptimumCLICommand
 
 
-_HELP_WIDTH = 76
-
-
 class CompSubcommand(BaseOptimumCLICommand):
     """Turns what a user can mend into one line, and applies `--quiet`."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from argparse import ArgumentParser
+from argparse import ArgumentParser, BooleanOptionalAction
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,9 @@ class CompressCommand(CompSubcommand):
         group = parser.add_argument_group("distillation")
         group.add_argument(
             "--distil",
-            action="store_true",
-            help="Train the pruned model on the dense one's predictions, without labels, before\nit is exported.",
+            action=BooleanOptionalAction,
+            help="Train the pruned model on the dense one's predictions, without labels, before\nit is exported. "
+            "--no-distil is for a search: without training.",
         )
         defaults = {"teacher": None, **defaults_of(DistilSettings)}
         arguments.add_options(group, Distil.options(), defaults, without={"teacher"}, prefix="distil_")
@@ -71,7 +72,8 @@ class CompressCommand(CompSubcommand):
             "search over all levers",
             "A budget (--max-size, --max-perplexity-increase, --min-speedup) with nothing said of\n"
             "how to keep it (--recipe, --weights, --sparsity, --preset, --config, --distil,\n"
-            "--vocabulary, --bundle) is searched for as comp frontier does, and the best is chosen.\n"
+            "--bundle) is searched for as comp frontier does, and the best is chosen; with\n"
+            "--vocabulary with fewer tokens, too, with --distil-time training each so long.\n"
             "Otherwise it is the quantization's, relative to the model that is quantized.",
         )
         known, defaults = options_of(FrontierSettings), defaults_of(FrontierSettings)
@@ -127,7 +129,7 @@ class CompressCommand(CompSubcommand):
         """What is to be searched for; `None` if it is said how to do it.
 
         Raises:
-            ValueError: a search is asked for, and how to do it is said, too.
+            ValueError: a search is asked for, and how to do it is said, too; or what only a search can do.
         """
         from optimum_comp.commands.arguments import given_options
         from optimum_comp.frontier import FrontierSettings
@@ -138,14 +140,21 @@ class CompressCommand(CompSubcommand):
         asked = given_options(args, ("max_size", "max_perplexity_increase", "min_speedup", "sparsities", "time"))
         names = ("recipe", "resume", "weights", "sparsity", "preset", "config", "distil", "bundle", "ort_format")
         said = [f"--{name}".replace("_", "-") for name in names if getattr(args, name)]
+        more = {"vocabulary": args.vocabulary_scripts, "distil_time": args.distil_time, "distil": args.distil}
         for prefix, options in (("distil_", Distil.options()), ("vocabulary_", Vocabulary.options())):
-            said += [f"--{prefix}{name}".replace("_", "-") for name in given_options(args, options, prefix=prefix)]
+            given = given_options(args, set(options) - {"time", "scripts"}, prefix=prefix)
+            said += [f"--{prefix}{name}".replace("_", "-") for name in sorted(given)]
         if asked and not said:
             if args.model is None:
                 raise ValueError("give the model (--model).")
             if args.no_measure:
                 raise ValueError("a budget is searched for by measuring: leave --no-measure away.")
+            asked |= {name: value for name, value in more.items() if value is not None}
             return FrontierSettings(**asked, **given_options(args, ("text",)))
+        if args.distil is False:
+            raise ValueError(
+                "--no-distil is for a search over all levers, and this isn't one; choose a recipe that doesn't distil."
+            )
         only = [name for name in asked if name in ("min_speedup", "sparsities", "time")]
         if only:
             raise ValueError(

@@ -45,6 +45,7 @@ class FrontierCommand(CompSubcommand):
     def execute(self) -> None:
         """Try, and print the table; a budget that nothing keeps to is an error, with what comes nearest."""
         from optimum_comp.commands.arguments import given_options
+        from optimum_comp.files import check_file
         from optimum_comp.frontier import FrontierSettings
         from optimum_comp.options import options_of
         from optimum_comp.report.plots import require_matplotlib, write_report
@@ -52,6 +53,7 @@ class FrontierCommand(CompSubcommand):
         args = self.args
         if args.report is not None:
             require_matplotlib()
+            check_file(args.report / "report.html")
         found = search(args, FrontierSettings(**given_options(args, options_of(FrontierSettings))))
         if args.report is not None:
             results = {point.candidate.name: point.evaluations[0] for point in found.points}
@@ -68,29 +70,22 @@ def search(args: Any, settings: Any) -> Any:
 
     Returns:
         A `Frontier`.
-
-    Raises:
-        ValueError: an option is of no use here.
     """
     from optimum_comp.commands.arguments import given_options, loading_arguments, pruning_settings
-    from optimum_comp.configuration import FIELDS
     from optimum_comp.evaluation import Settings
     from optimum_comp.frontier import find_frontier
     from optimum_comp.options import options_of, parse_bytes
     from optimum_comp.stages.prune import Prune
 
     pruning = pruning_settings(args)
-    prune = Prune.from_settings(**{name: value for name, value in pruning.items() if name != "calibration"})
-    unused = sorted(set(pruning) - set(FIELDS) - {"preset", "calibration"})
-    if unused:
-        raise ValueError(f"a search over all levers doesn't take {', '.join(unused)}.")
-    measuring = given_options(args, set(options_of(Settings)) - {"text", "begin", "text_column"})
+    prune = Prune.from_settings(**pruning)
+    measuring = given_options(args, set(options_of(Settings)) - {"text", "begin"})
     found = find_frontier(
         args.model,
         args.output,
         settings,
         config=prune.config,
-        calibration=pruning.get("calibration"),
+        running=prune.running,
         target=args.target or "any",
         exporter=args.exporter or "auto",
         measuring=Settings(**measuring),

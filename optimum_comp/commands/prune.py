@@ -56,7 +56,9 @@ class PruneCommand(CompSubcommand):
             device = device or unfinished.run["device"]
         elif model is None and is_complete:
             if is_first_process():
-                print(CompReport.load(args.output).headline(args.output))
+                there = CompReport.load(args.output)
+                write_json(args.json, there.summary())
+                print(there.headline(args.output))
             return
         if model is None:
             raise ValueError(f"--model is missing, and {args.output} holds no unfinished run to take it from.")

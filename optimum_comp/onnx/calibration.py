@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +12,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from optimum_comp.core.gram import GramAccumulator
-from optimum_comp.onnx.graph import DenseNode, needs_external_data
+from optimum_comp.onnx.graph import DenseNode, graph_size, needs_external_data
 from optimum_comp.onnx.runtime import GraphRunner
+from optimum_comp.scratch import make_scratch
 from optimum_comp.utils import progress_disabled
 
 
@@ -42,7 +42,7 @@ def opened(model: Any, outputs: Sequence[str] = (), weights: Sequence[str] = ())
         tensor = initializers[name]
         graph.input.append(onnx.helper.make_tensor_value_info(name, tensor.data_type, tensor.dims))
     try:
-        with tempfile.TemporaryDirectory() as folder:
+        with make_scratch(graph_size(graph), "graphs that are looked into", announced=False) as folder:
             path = Path(folder) / "model.onnx"
             # A copy, because saving as external data takes the weights out of the model that it is given.
             if needs_external_data(graph):

@@ -139,7 +139,7 @@ def export_onnx(
                 reason = str(error)
                 logger.info("Exporting with Optimum instead: %s", reason)
                 for path in folder.iterdir():
-                    path.unlink()
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
         made_by = OPTIMUM if differences is None else GENAI
         if differences is None:
             _export_with_optimum(source, folder)

@@ -186,9 +186,14 @@ def transposed_matrices(graph: Any) -> Iterator[Any]:
     return (node for node in graph.node if node.op_type == "Transpose" and node.input[0] in constant)
 
 
+def graph_size(graph: Any) -> int:
+    """Bytes of the weights, whether they are loaded or not."""
+    return sum(tensor_bytes(tensor) for tensor in graph.initializer)
+
+
 def needs_external_data(graph: Any) -> bool:
     """Whether the weights are too large for one protobuf file."""
-    return sum(tensor_bytes(tensor) for tensor in graph.initializer) > PROTOBUF_LIMIT
+    return graph_size(graph) > PROTOBUF_LIMIT
 
 
 def tensor_bytes(tensor: Any) -> int:

@@ -12,7 +12,7 @@ from optimum_comp.onnx.graph import ATTENTION
 _BLOCKS = "MatMulNBits"
 _OWN = ("N",)
 """Attributes in which products that become one may differ."""
-_WEIGHT, _SCALES, _ZEROS = 1, 2, 3
+_WEIGHT, _ZEROS = 1, 3
 
 
 def pack_products(graph: Any) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from optimum_comp.onnx.quantization import Plan, check_onnx_folder, quantize_onn
 from optimum_comp.onnx.recipes import BUDGET, EIGHT, FOUR, Format
 from optimum_comp.onnx.runtime import load_onnx
 from optimum_comp.options import Share, parse_bytes
+from optimum_comp.scratch import make_scratch
 from optimum_comp.utils import format_bytes, get_logger, progress_disabled
 
 
@@ -62,6 +62,12 @@ class Budget:
             object.__setattr__(self, "perplexity_increase", increase)
         if self.size is not None:
             object.__setattr__(self, "size", parse_bytes(self.size, "max_size"))
+
+    @property
+    def names(self) -> list[str]:
+        """The limits, as parts of a folder's name."""
+        size = [] if self.size is None else [f"{self.size / 1e6:.10g}MB"]
+        return size + [f"{100 * each:.10g}percent" for each in (self.perplexity_increase,) if each is not None]
 
 
 @dataclass(frozen=True)
@@ -127,11 +133,13 @@ def search(onnx_dir: str | Path, budget: Budget, tokens: Tensor, held_out: Tenso
         steps = upgrades(_choices(groups, errors, sensitivities))
         lookups = _tied_lookups(model.graph)
         del model
-    with tempfile.TemporaryDirectory() as scratch:
+    # The float graph is larger than what is made of it.
+    with make_scratch(graph_bytes(source), "models that are tried", announced=False) as scratch:
         maker = _Maker(source, Path(scratch), groups, rounded, lookups, steps, held_out, target)
-        found, trials = _walk(budget, steps, maker)
-    increase = None if budget.perplexity_increase is None else found.increase
-    return Found(maker.plan(found.step), found.size, increase, tuple(trials), sensitivities)
+        step, trials = _walk(budget, steps, maker)
+        size = maker.size(step)
+    increase = next((trial.increase for trial in trials if trial.step == step), None)
+    return Found(maker.plan(step), size, increase, tuple(trials), sensitivities)
 
 
 class _Maker:
@@ -201,8 +209,8 @@ class _Maker:
         return perplexity(load_onnx(folder), self._held_out.flatten(), self._held_out.shape[1])[0]
 
 
-def _walk(budget: Budget, steps: Sequence[Step], maker: _Maker) -> tuple[Trial, list[Trial]]:
-    """The trial that keeps the budget, and all that were made."""
+def _walk(budget: Budget, steps: Sequence[Step], maker: _Maker) -> tuple[int, list[Trial]]:
+    """The step that keeps the budget, and what was measured; nothing, if a size is all that is asked."""
     trials: list[Trial] = []
 
     def try_out(step: int) -> Trial:
@@ -218,7 +226,7 @@ def _walk(budget: Budget, steps: Sequence[Step], maker: _Maker) -> tuple[Trial, 
                 f"{format_bytes(maker.size(0))}. Prune more of it, or allow more."
             )
     if budget.perplexity_increase is None:
-        return try_out(last), trials
+        return last, trials
     allowed = budget.perplexity_increase
     best = try_out(last)
     if best.increase > allowed:
@@ -234,7 +242,7 @@ def _walk(budget: Budget, steps: Sequence[Step], maker: _Maker) -> tuple[Trial, 
             best, high = trial, trial.step
         else:
             low = trial.step
-    return best, trials
+    return best.step, trials
 
 
 def _last(holds: Callable[[int], bool], count: int) -> int:

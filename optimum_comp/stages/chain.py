@@ -32,9 +32,10 @@ from optimum_comp.chain_memory import (
     sizes_of,
 )
 from optimum_comp.checkpoint.opening import open_config
-from optimum_comp.checkpoint.reader import resolve_folder, weight_files
-from optimum_comp.checkpoint.tokenizer import open_tokenizer
+from optimum_comp.checkpoint.reader import MODEL_FILES, require_safetensors, resolve_folder, weight_files
+from optimum_comp.checkpoint.tokenizer import TOKENIZER_FILES, open_tokenizer
 from optimum_comp.configuration import CompConfig
+from optimum_comp.distillation.texts import sources_of
 from optimum_comp.evaluation import Evaluation, Settings, count_parameters, evaluate_apart, weight_bytes
 from optimum_comp.files import (
     COMPRESSION_SUMMARY,
@@ -77,7 +78,7 @@ from optimum_comp.stages.vocabulary import Vocabulary
 from optimum_comp.strict_json import read_object
 from optimum_comp.sweep.journal import Journal
 from optimum_comp.sweep.memory import check_disk
-from optimum_comp.utils import format_bytes, get_logger, lookup_arguments, plain_arguments
+from optimum_comp.utils import format_bytes, get_logger, lookup_arguments, plain_arguments, shown
 
 
 logger = get_logger(__name__)
@@ -314,7 +315,8 @@ class Chain:
     @cached_property
     def _folder(self) -> Path:
         """Where the dense model's files are."""
-        return resolve_folder(self.model, lookup_arguments(self.loading))
+        # All at once: the files that are there are what it is known by.
+        return resolve_folder(self.model, lookup_arguments(self.loading), (*MODEL_FILES, *TOKENIZER_FILES))
 
     def local(self, artifact: Artifact) -> Path:
         """An artifact's folder on this machine."""
@@ -355,6 +357,17 @@ class Chain:
         own = self._own_samples
         config = CompConfig(num_samples=self.num_samples, sequence_length=own.sequence_length, begin=own.begin)
         return config, own.calibration, own.text_column
+
+    def read_texts(self) -> set[str]:
+        """Texts that something is calibrated or trained on, as a recipe has them."""
+        found: list[str] = []
+        if any(stage.wants_samples for stage in self.stages):
+            source = written_source(self._sampling()[1])
+            found += [part.source for part in parts_of(source)] or [source]
+        distil = self._stage(Distil)
+        if distil is not None:
+            found += [part.source for part in sources_of(distil.settings.text)]
+        return {written_source(each) for each in found}
 
     @property
     def has_samples(self) -> bool:
@@ -444,7 +457,10 @@ class Chain:
         done = f"{', '.join(self._done)} {'is' if len(self._done) == 1 else 'are'} kept in {self.output}; " * bool(
             self._done
         )
-        return f"{done}go on with the same command, or\n  optimum-cli comp compress --resume {self.output}"
+        more = "" if self._bundle is None else f" --bundle {self._bundle}"
+        more += " --trust-remote-code" * bool(self.loading.get("trust_remote_code"))
+        more += " --allow-pickle" * (self.loading.get("use_safetensors") is False)
+        return f"{done}go on with the same command, or\n  optimum-cli comp compress --resume{more} {self.output}"
 
     def _stage(self, kind: type[S]) -> S | None:
         return next((stage for stage in self.stages if isinstance(stage, kind)), None)
@@ -466,9 +482,25 @@ class Chain:
             stage.check(self)
         for step in self._steps:
             self._check_place(step)
+            if step.source.name == DENSE and not step.is_there and not isinstance(step.stage, (Prune, Vocabulary)):
+                self._require_readable(step.stage)
         self._require_memory()
         check_disk(self.output, sum(step.stage.disk_bytes(self) for step in self._steps if not step.is_there))
         self._read_texts()
+
+    def _require_readable(self, stage: Stage) -> None:
+        """Refuse a dense model that a stage can't read as it is.
+
+        Raises:
+            ValueError: it isn't there as safetensors.
+        """
+        kind = "a GGUF file" if "gguf_file" in self.loading else "a pickle"
+        if kind == "a GGUF file" or self.loading.get("use_safetensors") is False:
+            raise ValueError(
+                f"{stage.name} reads safetensors, and {self.model} is loaded from {kind}; save it with "
+                "save_pretrained and give that folder, or prune it."
+            )
+        require_safetensors(self.model, self._folder, lookup_arguments(self.loading))
 
     def _read_texts(self) -> None:
         """Look whether there is text where the recipe says so."""
@@ -503,7 +535,7 @@ class Chain:
         is_ours = any((self.output / name).is_file() for name in (RECIPE, COMPRESSION_SUMMARY))
         if not is_ours and (self.output / "config.json").is_file():
             raise FileExistsError(f"{self.output} holds a model, not a compression; choose another output folder.")
-        check_folder(self.output, overwrite=is_ours, sources=sources)
+        check_output(self.output, is_ours=is_ours, overwrite=self.overwrite, sources=sources)
         if self._bundle is None:
             return
         folders = self.output.resolve(), self._bundle.resolve()
@@ -555,6 +587,8 @@ class Chain:
             )
         for note in self._outcome.notes:
             logger.warning("%s", note)
+        if self.measure is not None:
+            warn_of_known_text(self.measure.text, self.read_texts())
 
     def _make(self, step: _Step) -> None:
         stage, outcome = step.stage, self._outcome
@@ -695,6 +729,40 @@ def _resolved(stages: Sequence[Stage], calibration: CalibrationSource | None, *,
             stage = stage.decided(source, column)
         found.append(stage)
     return tuple(found)
+
+
+def check_output(folder: Path, *, is_ours: bool, overwrite: bool, sources: Sequence[Path]) -> None:
+    """Refuse a folder that holds something else, which `--overwrite` doesn't replace.
+
+    Raises:
+        FileExistsError: so it is.
+        OSError: see `check_folder`.
+        ValueError: see `check_folder`.
+    """
+    try:
+        check_folder(folder, overwrite=is_ours, sources=sources)
+    except FileExistsError as error:
+        if overwrite and folder.is_dir():
+            raise FileExistsError(
+                f"{folder} isn't empty, and isn't what this command made, which is all that --overwrite replaces. "
+                "Choose another output folder."
+            ) from error
+        raise
+
+
+def warn_of_known_text(text: str | None, read: set[str]) -> None:
+    """Say so where what is measured on is what a model has learnt from.
+
+    Args:
+        text: that is measured on.
+        read: see `Chain.read_texts`.
+    """
+    if text is not None and written_source(text) in read:
+        logger.warning(
+            "%s is measured on, and calibrates or trains, too: models look better on it than on other text. Give "
+            "--text FILE of another kind.",
+            shown(text),
+        )
 
 
 def _like(error: Exception, text: str) -> Exception:

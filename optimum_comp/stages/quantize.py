@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from optimum_comp.checkpoint.opening import trusted
 from optimum_comp.checkpoint.tokenizer import open_tokenizer
 from optimum_comp.configuration import BEGINS
 from optimum_comp.evaluation import is_onnx_folder, load_model
-from optimum_comp.files import check_folder
+from optimum_comp.files import check_folder, clear_debris, hold
 from optimum_comp.onnx.export import AUTO, export_onnx, require_exporter
 from optimum_comp.onnx.quantization import QuantizationReport, quantize_onnx
 from optimum_comp.onnx.recipes import BUDGET, FOUR, RECIPES, TARGETS, Format
@@ -127,6 +127,7 @@ class Quantize(Stage):
     """
 
     name, takes, makes = "quantize", ONNX, ONNX
+    version = 2
 
     def __init__(self, settings: QuantizeSettings | None = None, samples: SampleSettings | None = None):
         self.settings = settings or QuantizeSettings()
@@ -159,7 +160,9 @@ class Quantize(Stage):
 
     def place(self, before: str) -> str:
         """See `Stage`."""
-        name = self.settings.recipe if self.settings.budget is None else BUDGET
+        budget = self.settings.budget
+        # One beside the other, so that what one budget took an hour for is there while another is tried.
+        name = self.settings.recipe if budget is None else "-".join([BUDGET, *budget.names])
         return f"{before.removesuffix('-onnx')}-{name}"
 
     def check(self, chain: Any) -> None:
@@ -194,9 +197,16 @@ class Quantize(Stage):
 
     def run(self, source: Artifact, target: Path, chain: Any, record: Mapping[str, Any]) -> dict[str, Any]:
         """See `Stage`."""
-        tokens = chain.samples().tokens[:SAMPLES] if self.settings.wants_text else None
+        tokens = chain.samples().tokens if self.settings.wants_text else None
+        if tokens is not None and chain.prunes:
+            tokens = spread_out(tokens)
         report = _quantize(source.folder, target, self.settings, tokens, overwrite=True, record=record)
         return {**dataclasses.asdict(report), "output": target.name}
+
+
+def spread_out(samples: Tensor) -> Tensor:
+    """As many as quantization looks at, from all over the text, in whose order they may lie."""
+    return samples[torch.linspace(0, len(samples) - 1, min(SAMPLES, len(samples))).long()]
 
 
 def least_bytes(parameters: int, form: Format = FOUR) -> int:
@@ -257,13 +267,22 @@ def quantize_folder(
     require_exporter(exporter or AUTO)
     tokens = _samples(model, settings, samples) if settings.wants_text else None
     output.resolve().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.resolve().parent, prefix=".export-") as scratch:
-        exported = model
-        if not is_onnx_folder(model):
-            report = export_onnx(model, Path(scratch) / "onnx", exporter=exporter or AUTO)
-            logger.info("%s", report.text)
-            exported = report.output
-        return _quantize(exported, output, settings, tokens, overwrite=overwrite)
+    work = output.resolve().with_name(f".{output.resolve().name}.quantizing")
+    with hold(work):
+        # What a kill has left.
+        clear_debris(output)
+        scratch = work / "onnx"
+        shutil.rmtree(scratch, ignore_errors=True)
+        clear_debris(scratch)
+        try:
+            exported = model
+            if not is_onnx_folder(model):
+                report = export_onnx(model, scratch, exporter=exporter or AUTO)
+                logger.info("%s", report.text)
+                exported = report.output
+            return _quantize(exported, output, settings, tokens, overwrite=overwrite)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _samples(model: Path, settings: QuantizeSettings, samples: SampleSettings) -> Tensor:
