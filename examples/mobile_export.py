@@ -22,7 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="models/smollm2", help="local folder or hub id [models/smollm2]")
     parser.add_argument("--sparsity", type=float, default=0.2, help="0 leaves the model as it is [0.2]")
-    parser.add_argument("--samples", type=int, default=32, help="of 512 tokens, to calibrate with [32]")
+    parser.add_argument("--samples", type=int, default=32, help="of 256 tokens, to calibrate with [32]")
     parser.add_argument("--recipe", default="int8", help="of the quantization [int8]")
     parser.add_argument("output", nargs="?", type=Path, default=Path("out/mobile"), help="[out/mobile]")
     args = parser.parse_args()
@@ -42,7 +42,7 @@ def answer(phone: Path, question: str) -> str:
     try:
         genai: Any = importlib.import_module("onnxruntime_genai")
     except ImportError:
-        return "not installed here: pip install 'optimum-comp[genai]'"
+        return "not installed here: pip install '.[onnxruntime]' (with transformers 5: '.[genai]')"
     tokenizer, model = AutoTokenizer.from_pretrained(phone), genai.Model(str(phone))
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)
     settings = genai.GeneratorParams(model)

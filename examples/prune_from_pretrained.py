@@ -21,7 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="models/smollm2", help="local folder or hub id [models/smollm2]")
     parser.add_argument("--sparsity", type=float, default=0.2, help="share of the layers' parameters to remove [0.2]")
-    parser.add_argument("--samples", type=int, default=32, help="of 512 tokens, to calibrate with [32]")
+    parser.add_argument("--samples", type=int, default=32, help="of 256 tokens, to calibrate with [32]")
     parser.add_argument("output", nargs="?", default="out/pruned", help="folder to make [out/pruned]")
     args = parser.parse_args()
     # Python's own documentation: one part calibrates, another measures.
