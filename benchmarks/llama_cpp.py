@@ -298,7 +298,8 @@ def _measure_perplexity(model: Path, checkpoint: str | Path, settings: Settings,
         stored.save_pretrained(scratch)
         AutoTokenizer.from_pretrained(checkpoint).save_pretrained(scratch)
         found = evaluate_apart(scratch, dataclasses.replace(settings, prompt_tokens=0, long_prompt_tokens=0))
-    for name in ("perplexity", "predictions", "window", "begins_with", "start", "text", "text_sha256"):
+    measured = ("perplexity", "predictions", "bits_per_byte", "bytes_predicted", "vocabulary")
+    for name in (*measured, "window", "begins_with", "start", "text", "text_sha256"):
         setattr(result, name, getattr(found, name))
 
 

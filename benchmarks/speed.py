@@ -34,6 +34,7 @@ from optimum_comp import CompConfig, CompPruner
 from optimum_comp.beginning import decide, losses_of_model, spread
 from optimum_comp.calibration.text import PYDOC, choose_blocks, read_text, tokenize
 from optimum_comp.evaluation import Evaluation, Settings, evaluate_all
+from optimum_comp.files import check_file
 from optimum_comp.onnx.export import export_onnx
 from optimum_comp.onnx.folders import copy_companions
 from optimum_comp.onnx.quantization import quantize_onnx
@@ -67,6 +68,7 @@ def main() -> None:
     parser.add_argument("--report", type=Path, help="folder for report.html")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    check_file(args.json)
     if args.report is not None:
         require_matplotlib()
     logging.getLogger(ROOT_LOGGER).setLevel(logging.INFO)
@@ -104,6 +106,7 @@ def write(path: Path | None, results: Mapping[str, Evaluation], speeds: Speeds |
         found = {name: result.to_dict() for name, result in results.items()}
         for name, measured in (speeds or {}).items():
             found[name]["turns"] = measured
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(found, indent=1))
 
 

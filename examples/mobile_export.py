@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from optimum_comp.bundle import verify_bundle
 from optimum_comp.compress import run
+from optimum_comp.onnx.genai_tokenizer import chat_text
 from optimum_comp.stages.recipe import Recipe
 
 
@@ -44,7 +45,8 @@ def answer(phone: Path, question: str) -> str:
     except ImportError:
         return "not installed here: pip install '.[onnxruntime]' (with transformers 5: '.[genai]')"
     tokenizer, model = AutoTokenizer.from_pretrained(phone), genai.Model(str(phone))
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)
+    text = chat_text(tokenizer, question) if tokenizer.chat_template else question
+    prompt = tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"]
     settings = genai.GeneratorParams(model)
     settings.set_search_options(do_sample=False, max_length=len(prompt) + 32)
     generator = genai.Generator(model, settings)

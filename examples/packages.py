@@ -9,12 +9,17 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from optimum_comp.files import check_folder
+
 
 def output_folder(description: str | None) -> Path:
     """The command line of a script that makes one model folder."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="model folder to make")
-    return parser.parse_args().output
+    output: Path = parser.parse_args().output
+    # Before anything is downloaded.
+    check_folder(output)
+    return output
 
 
 def unpacked(packages: Sequence[str], folder: Path) -> Path:

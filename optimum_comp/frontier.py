@@ -17,8 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from optimum_comp.calibration.mix import parts_of
-from optimum_comp.calibration.text import PYDOC, SELF, CalibrationSource, read_beginning
+from optimum_comp.calibration.text import PYDOC, CalibrationSource, require_text
 from optimum_comp.chain_memory import ModelSizes, NotEnoughMemoryError
 from optimum_comp.configuration import CompConfig
 from optimum_comp.distillation.settings import DistilSettings
@@ -486,12 +485,8 @@ class _Walk:
             raise ValueError(
                 "calibration is to be a file, a dataset's name, self, pydoc or a mix of them: candidates read it anew."
             )
-        wanted = list(self.settings.text)
-        if self.calibration is not None:
-            wanted += [part.source for part in parts_of(str(self.calibration))] or [str(self.calibration)]
-        for text in wanted:
-            if text not in (SELF, PYDOC):
-                read_beginning(text, self.running.text_column, 1)[0](1)
+        for text in (*self.settings.text, self.calibration):
+            require_text(text, self.running.text_column)
 
     def _candidates(self) -> Iterator[Candidate]:
         """What is tried; how much is pruned, only when what isn't pruned is there."""

@@ -22,6 +22,7 @@ from optimum_comp.calibration.text import (
     CalibrationSource,
     is_self,
     prepare_calibration,
+    require_text,
     source_name,
 )
 from optimum_comp.checkpoint.opening import GENERATION_CONFIG, find_device, open_config, open_source
@@ -38,7 +39,7 @@ from optimum_comp.families.check import check_family, check_plan, check_result, 
 from optimum_comp.families.cutting import WIDTHS_FIELD, apply_to_config
 from optimum_comp.files import atomic_folder, check_model
 from optimum_comp.options import Integer, parse_bytes
-from optimum_comp.report.run import CompReport, library_versions
+from optimum_comp.report.run import CompReport, library_versions, told_name
 from optimum_comp.scratch import make_scratch
 from optimum_comp.strict_json import plain_object
 from optimum_comp.sweep.destination import Destination
@@ -136,13 +137,19 @@ class CompPruner:
         from transformers import PretrainedConfig
 
         where = find_device(device)
+        if isinstance(tokenizer, (str, PathLike)):
+            tokenizer = open_tokenizer(tokenizer)
+        elif tokenizer is not None and not callable(tokenizer):
+            raise ValueError(f"tokenizer={tokenizer!r:.80} is not valid: give a tokenizer, a folder or a hub id.")
         if isinstance(model, nn.Module):
+            if kwargs:
+                raise ValueError(f"{', '.join(kwargs)} can't be given with a model that is in memory already.")
             if not getattr(model, "can_generate", lambda: False)():
                 raise ValueError(f"{type(model).__name__} is not a causal language model of transformers.")
             own: Any = model.config
             family = family_of(own)
             require_portable(own.to_dict(), type(model).__name__)
-            return cls(ResidentModel(model.eval(), family), tokenizer)
+            return cls(ResidentModel((model if device is None else model.to(where)).eval(), family), tokenizer)
         check_model(model)
         name = str(model)
         lookup = lookup_arguments(kwargs)
@@ -150,11 +157,7 @@ class CompPruner:
         if not isinstance(config, PretrainedConfig):
             raise ValueError(f"config={config!r:.80} is not valid: give a config of transformers.")
         source = open_source(name, config, where, lookup, kwargs)
-        if isinstance(tokenizer, (str, PathLike)):
-            tokenizer = open_tokenizer(tokenizer)
-        elif tokenizer is not None and not callable(tokenizer):
-            raise ValueError(f"tokenizer={tokenizer!r:.80} is not valid: give a tokenizer, a folder or a hub id.")
-        elif tokenizer is None and has_tokenizer(name, lookup):
+        if tokenizer is None and has_tokenizer(name, lookup):
             tokenizer = open_tokenizer(name, lookup)
         elif tokenizer is None:
             logger.warning("%s has no tokenizer: only token blocks or self-calibration can be used.", name)
@@ -341,6 +344,15 @@ class CompPruner:
         is_written = unfinished is None and self._ranks.is_first and is_self(calibration)
         writing = writing_of(self._source, self.tokenizer, config) if is_written else None
         first = plan_memory(work, batch_size, limit, writing)
+        before = parameter_count(self._source.model)
+        after = before - allocation.parameters
+        # Layers of different widths take as much room as the widest, which may be as wide as before.
+        written = before if config.allocation == "adaptive" else after
+        if unfinished is None and self._ranks.is_first:
+            # Weights are read and text is written for minutes: what can be known before is looked at before.
+            require_text(calibration, text_column)
+            if folder is not None and not self._source.is_resident:
+                check_disk(folder, disk_bytes(work, first, written, resumable=True))
         started = time.perf_counter()
         fingerprint = self._ranks.from_first(self._source.check() if self._ranks.is_first else "")
         samples = self._samples(config, calibration, text_column, unfinished, first.written_together)
@@ -355,10 +367,6 @@ class CompPruner:
         if unfinished is not None and matmul_dtype == "auto":
             products = getattr(torch, unfinished.run["matmul_dtype"])
         products = self._ranks.from_first(products)
-        before = parameter_count(self._source.model)
-        after = before - allocation.parameters
-        # Layers of different widths take as much room as the widest, which may be as wide as before.
-        written = before if config.allocation == "adaptive" else after
         disk = disk_bytes(work, plan, written, resumable=folder is not None)
         if folder is None or self._source.is_resident:
             self._scratch = (
@@ -600,7 +608,7 @@ class CompPruner:
         tried = settled.tried or [None] * len(plans)
         return CompReport(
             # A local path says nothing to others and may say too much.
-            source=self._name if self._local is None else self._local.name,
+            source=None if self._name is None else told_name(self._name),
             model_type=self._source.family.model_type,
             requested_sparsity=config.sparsity,
             achieved_sparsity=allocation.sparsity,

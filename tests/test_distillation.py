@@ -674,6 +674,55 @@ def test_the_learning_rate_rises_and_falls_with_time(monkeypatch):
     assert clock.share(0) == 0.5
 
 
+def test_the_learning_rate_rises_when_training_begins(monkeypatch):
+    """Texts that took a tenth of the time, or nearly all of it, are no part of the schedule."""
+    now = [0.0]
+    monkeypatch.setattr(trainer.time, "monotonic", lambda: now[0])
+    for prepared in (100.0, 990.0):
+        now[0] = 0.0
+        clock = trainer.Clock(None, 1000.0)
+        now[0] = prepared
+        clock.begun = clock.spent
+        rates = []
+        for share in (0.0, 0.03, 0.5, 1.0):
+            now[0] = prepared + share * (1000 - prepared)
+            rates.append(clock.rate(0))
+        assert rates[0] < 0.2 and rates[1] == pytest.approx(1) and rates[3] == pytest.approx(0.02)
+        assert 0.4 < rates[2] < 0.6
+
+
+def test_nothing_is_left_out_at_random(tmp_path):
+    """The teacher predicts without dropout, and so does the student: of two equal models, none learns anything."""
+    model = tiny_family("gpt2")
+    model.config.resid_pdrop = model.config.embd_pdrop = model.config.attn_pdrop = 0.5
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    chosen = DistilSettings(text=[str(tmp_path / "text.txt")], steps=3, **SMALL)
+    distil(tmp_path / "model", tmp_path / "model", tmp_path / "out", chosen)
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "out"))
+    # Adam makes whole steps of any gradient, however small.
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+
+
+def test_training_that_breaks_ends_and_leaves_nothing(models, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(trainer.Distiller, "held_out_divergences", lambda _: {"text.txt": float("nan")})
+    with caplog.at_level("WARNING"), pytest.raises(FloatingPointError, match=r"take a smaller learning_rate\.$"):
+        distilled(models, tmp_path / "out", steps=1000)
+    assert "The predictions aren't finite: training ends." in caplog.text
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("shares", [[1 / 100] * 100, [0.004, 0.996], [0.3, 0.7]])
+def test_every_text_is_trained_on(shares):
+    blocks = torch.zeros(1, 4, dtype=torch.int64)
+    texts = [TextBlocks(str(number), share, blocks + number, blocks) for number, share in enumerate(shares)]
+    stream = Stream(texts, 1000, seed=0)
+    seen = [int(stream[place]["input_ids"][0]) for place in range(1000)]
+    for number, share in enumerate(shares):
+        assert seen.count(number) == pytest.approx(1000 * share, rel=0.25)
+
+
 def test_a_checkpoint_that_was_not_finished_is_passed_over(models, tmp_path, monkeypatch):
     """The process dies while one is written: the one before it is gone on with."""
     save = trainer.Distiller._save_checkpoint

@@ -9,7 +9,8 @@ import sys
 
 import pytest
 import torch
-from conftest import TINY_CONFIGS, tiny_blocks, tiny_model
+from conftest import TINY_CONFIGS, tiny_blocks, tiny_model, tiny_tokenizer
+from tiny_families import tiny_family
 from transformers import AutoModelForCausalLM
 
 from optimum_comp import CompConfig, CompPruner
@@ -200,3 +201,34 @@ def test_the_bridge_earns_its_place():
 
 def test_alignment_earns_its_place():
     assert deviation(alignment=0.5) < deviation(alignment=0.0)
+
+
+def test_errors_are_told_without_the_multiplier():
+    """Granite's residual multiplier does what smaller weights do, and the reports say the same of both."""
+    errors = []
+    for multiplier in (0.22, 1.0):
+        model = tiny_family("granite")
+        model.config.residual_multiplier = multiplier
+        for layer in model.model.layers:
+            layer.residual_multiplier = multiplier
+            for weight in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):
+                weight.data *= 0.22 / multiplier
+        pruner = CompPruner.from_pretrained(model, tokenizer=tiny_tokenizer())
+        report = pruner.prune(
+            CompConfig(sparsity=0.3, num_samples=8, sequence_length=32, round_to=8), tiny_blocks(8, 32)
+        )
+        errors.append([each.relative_error for layer in report.layers for each in layer.decisions])
+    assert errors[0] == pytest.approx(errors[1], rel=0.05) and max(errors[0]) > 0.01
+
+
+def test_a_model_in_memory_goes_where_it_is_told_and_takes_no_arguments_of_loading(tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path)
+    pruner = CompPruner.from_pretrained(tiny_model("llama"), tokenizer=tmp_path, device="cpu")
+    assert callable(pruner.tokenizer)
+    with pytest.raises(ValueError, match="dtype can't be given with a model that is in memory already"):
+        CompPruner.from_pretrained(tiny_model("llama"), dtype="float32")
+
+
+def test_any_seed_will_do():
+    config = CompConfig(sparsity=0.3, num_samples=8, sequence_length=32, round_to=8, seed=2**62)
+    assert CompPruner.from_pretrained(tiny_model("llama")).prune(config, tiny_blocks(8, 32)).layers

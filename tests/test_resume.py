@@ -138,6 +138,21 @@ def test_what_was_weighed_is_kept_with_what_is_finished(shares, tiny_folder, tmp
     assert digest(tmp_path / "out") == digest(tmp_path / "undisturbed")
 
 
+def test_what_comes_into_the_folder_meanwhile_stays(tiny_folder, tmp_path, undisturbed, monkeypatch):
+    output = tmp_path / "out"
+    begin = Journal.begin
+
+    def noting(self, *arguments):
+        (output / "notes.txt").write_text("mine")
+        return begin(self, *arguments)
+
+    monkeypatch.setattr(Journal, "begin", noting)
+    prune(tiny_folder, output)
+    assert (output / "notes.txt").read_text() == "mine"
+    (output / "notes.txt").unlink()
+    assert digest(output) == undisturbed
+
+
 def test_stopped_while_finishing(tiny_folder, tmp_path, undisturbed, monkeypatch):
     """Killed between any two of the moves that put the result in place, an old model's files there or not."""
     replace, moves = Path.replace, []

@@ -475,6 +475,20 @@ def test_a_text_chooses_its_tokens(dense, tmp_path):
     assert rounded.tokens_after == -(-found.tokens_after // 64) * 64
 
 
+def test_what_a_chat_template_says_stays(dense, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(dense["bytes"], folder)
+    frame = "The assistant answers what it is asked."
+    template = "{% for turn in messages %}" + frame + "{{ turn['role'] }}: {{ turn['content'] }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    (tmp_path / "text.txt").write_text("x y z\n" * 20)
+    shrink_vocabulary(folder, tmp_path / "out", VocabularySettings(text=[str(tmp_path / "text.txt")]))
+    was, now = (AutoTokenizer.from_pretrained(each) for each in (folder, tmp_path / "out"))
+    written = was.apply_chat_template([{"role": "user", "content": "1"}], tokenize=False)
+    counts = [len(each(written, add_special_tokens=False)["input_ids"]) for each in (was, now)]
+    assert frame in written and counts[0] == counts[1] < len(written)
+
+
 def test_markers_that_nothing_declares_stay(dense, tmp_path):
     shrink_vocabulary(dense["fallback"], tmp_path / "out", VocabularySettings(scripts=["cyrillic"]))
     tokens = AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from optimum_comp.beginning import start_tokens
 from optimum_comp.bundle.verification import BundleReport, sizes_of
 from optimum_comp.files import STAGE_RECORD
 from optimum_comp.onnx.folders import MODEL_NAME
@@ -62,7 +63,10 @@ def _prompt(folder: Path) -> str:
     if not (folder / "tokenizer.json").is_file():
         return "{question}"
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return chat_text(tokenizer, "{question}") if tokenizer.chat_template else "{question}"
+    if tokenizer.chat_template:
+        return chat_text(tokenizer, "{question}")
+    # Nothing else puts it there.
+    return str(tokenizer.decode(start_tokens(tokenizer))) + "{question}"
 
 
 _README = """# @NAME@

@@ -236,6 +236,24 @@ def read_beginning(
     return beginning, path.name
 
 
+def require_text(source: Any, text_column: str | None = None) -> None:
+    """Look whether there is text where a source says so, and no further.
+
+    Args:
+        source: as for `read_text`, or a mix; what is in memory, or is still to be written, isn't looked at.
+        text_column: as for `read_text`.
+
+    Raises:
+        OSError: a file can't be read.
+        ValueError: nothing there, no such column, or no text in it.
+    """
+    if not isinstance(source, (str, Path)):
+        return
+    for name in [part.source for part in parts_of(source)] or [str(source)]:
+        if name not in (SELF, PYDOC):
+            read_beginning(name, text_column, 1)[0](1)
+
+
 def source_name(source: Any) -> str:
     """What a source will be called in the report, without reading it."""
     if isinstance(source, Calibration):

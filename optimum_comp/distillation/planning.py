@@ -78,13 +78,15 @@ def choose_rank(
 
 
 def disk_of(parameters: int, lora_rank: int) -> int:
-    """Bytes on the disk: the result, and two checkpoints with Adam's moments while one takes the other's place.
+    """Bytes on the disk: checkpoints with Adam's moments, of which the best, the last and a new one lie there at once.
+
+    When the result is written, two of them are left.
 
     Args:
         parameters: of the student.
         lora_rank: of low-rank additions, whose checkpoints are small; 0 for none.
     """
-    return (28 if lora_rank == 0 else 8) * parameters
+    return (36 if lora_rank == 0 else 8) * parameters
 
 
 def check_settings(student: Any, teacher: Any, settings: DistilSettings) -> None:

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from optimum_comp.beginning import Beginning, decide, losses_of_model
+from optimum_comp.beginning import Beginning, decide, losses_of_model, start_tokens
 from optimum_comp.calibration.mix import Part
 from optimum_comp.calibration.self_written import write_self
 from optimum_comp.calibration.text import SELF
@@ -32,7 +32,16 @@ from optimum_comp.distillation.candidates import Candidates
 from optimum_comp.distillation.planning import TOGETHER, check_settings, choose_rank, disk_of, micro_batch
 from optimum_comp.distillation.rounding import leave_rounded, round_while_training, rounds_head
 from optimum_comp.distillation.settings import DistilSettings
-from optimum_comp.distillation.texts import Stream, TextBlocks, blocks_of, names_of, pieces_of, read_tokens, sources_of
+from optimum_comp.distillation.texts import (
+    Stream,
+    TextBlocks,
+    blocks_of,
+    names_of,
+    pieces_of,
+    read_tokens,
+    require_blocks,
+    sources_of,
+)
 from optimum_comp.distillation.trainer import Clock, Distiller, arguments, name_best, read_state
 from optimum_comp.families import FFN, family_of
 from optimum_comp.families.cutting import dead_units, drop_dead_units, fill_up
@@ -48,7 +57,7 @@ from optimum_comp.files import (
 )
 from optimum_comp.onnx.folders import copy_companions
 from optimum_comp.report.model_card import CARD, trained_card
-from optimum_comp.report.run import recorded_beginning
+from optimum_comp.report.run import recorded_beginning, told_name
 from optimum_comp.strict_json import read_object
 from optimum_comp.sweep.memory import check_disk
 from optimum_comp.utils import (
@@ -223,6 +232,9 @@ class _Run:
         for part in parts:
             if part.source != SELF and part.source not in known:
                 known[part.source] = read_tokens(part.source, self.settings.text_column, tokenizer)
+                require_blocks(
+                    known[part.source].numel(), part.source, self.settings.sequence_length, start_tokens(tokenizer)
+                )
         going_on = self._unfinished()
         with hold(self.work):
             clear_debris(self.output)
@@ -236,12 +248,16 @@ class _Run:
                     found = self._train(parts, known, tokenizer, device, rank, sources)
             except KeyboardInterrupt as error:
                 raise KeyboardInterrupt(self.hint()) from error
-            except (OSError, RuntimeError, FloatingPointError) as error:
+            except FloatingPointError:
+                # No checkpoint is of any use then.
+                self._clear()
+                raise
+            except (OSError, RuntimeError) as error:
                 if isinstance(error, torch.OutOfMemoryError):
                     error = RuntimeError(f"{str(error).splitlines()[0]} Take a smaller batch_size.")
                 if self._last_checkpoint() is None:
                     raise error
-                kind = next(each for each in (OSError, FloatingPointError, RuntimeError) if isinstance(error, each))
+                kind = OSError if isinstance(error, OSError) else RuntimeError
                 raise kind(f"{error}\n{self.hint()}") from error
             self._clear()
         return found
@@ -457,6 +473,8 @@ class _Run:
             clock.go_on(checkpoint)
             name_best(checkpoint)
             logger.info("Going on after %s.", checkpoint.name)
+        else:
+            clock.begun = clock.spent
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         student, made = trainer.model, trainer.state.global_step
         after = trainer.held_out_divergences()
@@ -553,7 +571,7 @@ class _Run:
             copy_companions(source, folder)
             copy_side_cars(source, folder)
             told: dict[str, Any] = {
-                "teacher": Path(self.teacher).name if Path(self.teacher).is_dir() else self.teacher,
+                "teacher": told_name(self.teacher),
                 **{name: value for name, value in result.to_dict().items() if name != "output"},
                 "texts": {
                     text.name: {"share": text.share, "samples": len(text.train), "held_out": len(text.held_out)}

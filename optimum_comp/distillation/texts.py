@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ _MOST_TOKENS = 2**22
 _CHARACTERS_PER_TOKEN = 6
 _PIECES = 64
 _MOST_HELD_OUT = 16
-"""Blocks of all texts that are held out at most: each evaluation looks at all of them."""
+"""Blocks of all texts that are held out at most, but one of each: each evaluation looks at all of them."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def sources_of(text: Sequence[str] | None) -> list[Part]:
 
 def read_tokens(source: str, column: str | None, tokenizer: Any) -> Tensor:
     """Tokens of a source, `[n]`; of a very long one, of pieces that are spread over it."""
-    text, _ = read_text(source, column, needed=_MOST_TOKENS)
+    text, _ = read_text(source, column, needed=_MOST_TOKENS // 4)
     most = _MOST_TOKENS * _CHARACTERS_PER_TOKEN
     if len(text) > most:
         starts = torch.linspace(0, len(text) - most // _PIECES, _PIECES).long().tolist()
@@ -100,12 +101,7 @@ def blocks_of(
             "more."
         )
     flat = tokens.flatten()
-    count = flat.numel() // room
-    if count < 2:
-        raise ValueError(
-            f"{name} is too short to train on: its {flat.numel():,} tokens make {count} samples of {room}, and one is "
-            "held out. Give more text, or lower sequence_length."
-        )
+    count = require_blocks(flat.numel(), name, settings.sequence_length, beginning.tokens)
     blocks = in_front(beginning.tokens, flat[: count * room].view(count, room))
     held = min(max(1, _MOST_HELD_OUT // sources), max(1, round(settings.held_out * count)))
     # In the middle of equal parts.
@@ -113,6 +109,28 @@ def blocks_of(
     is_held = torch.zeros(count, dtype=torch.bool)
     is_held[places] = True
     return TextBlocks(name, share, blocks[~is_held], blocks[is_held])
+
+
+def require_blocks(tokens: int, name: str, sequence_length: int, start: Sequence[int]) -> int:
+    """How many samples a text makes.
+
+    Args:
+        tokens: that it has.
+        name: of the source.
+        sequence_length: tokens of a sample.
+        start: tokens that each begins with.
+
+    Raises:
+        ValueError: there aren't two, one to train on and one to hold out.
+    """
+    room = max(1, sequence_length - len(start))
+    count = tokens // room
+    if count < 2:
+        raise ValueError(
+            f"{shown(name)} is too short to train on: its {tokens:,} tokens make {count} samples of {room}, and one "
+            "is held out. Give more text, or lower sequence_length."
+        )
+    return count
 
 
 def pieces_of(texts: Sequence[Tensor], length: int) -> Tensor:
@@ -159,12 +177,14 @@ class Stream(Dataset[dict[str, Tensor]]):
 
 
 _PATTERN = 64
+_LONGEST = 2**16
+"""Samples after which the order of sources begins anew: at least, and at most."""
 
 
 def _interleaved(shares: Sequence[float]) -> Iterator[int]:
-    """Numbers of sources in an order in which each keeps up with its share."""
+    """Numbers of sources in an order in which each keeps up with its share; also the smallest comes twice."""
     given = [0] * len(shares)
-    for place in range(_PATTERN):
+    for place in range(min(_LONGEST, max(_PATTERN, math.ceil(2 / min(shares))))):
         number = max(range(len(shares)), key=lambda each: shares[each] * (place + 1) - given[each])
         given[number] += 1
         yield number

@@ -34,7 +34,7 @@ _EVALUATIONS = 5
 _PATIENCE, _WORSE = 2, 1.5
 """Evaluations in one run, and how many that are so much worse than the best one end it. A little worse they may well
 be while the learning rate is high."""
-_SPENT = "spent_seconds"
+_SPENT, _BEGUN = "spent_seconds", "begun_seconds"
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -66,11 +66,15 @@ class Clock:
         steps: that are to be made; `None` if time decides.
         seconds: that it may take; `None` if steps decide.
         spent: seconds that it has taken already.
+
+    Attributes:
+        begun: seconds that were spent when training began, which the learning rate doesn't count.
     """
 
     def __init__(self, steps: int | None, seconds: float | None, spent: float = 0.0):
         self.steps, self.seconds = steps, seconds
         self._earlier, self._started, self._reserved = spent, time.monotonic(), 0.0
+        self.begun = 0.0
 
     @property
     def spent(self) -> float:
@@ -81,9 +85,13 @@ class Clock:
         """How much of the run is over, in [0, 1]."""
         if self.steps is not None:
             return min(1.0, step / self.steps)
+        return min(1.0, self.spent / self._end)
+
+    @property
+    def _end(self) -> float:
+        """Seconds after which training ends; of a very short time, something is left to train in."""
         seconds = self.seconds or 1.0
-        # Of a very short time, something is left to train in.
-        return min(1.0, self.spent / max(seconds - self._reserved, 0.5 * seconds))
+        return max(seconds - self._reserved, 0.5 * seconds)
 
     def reserve(self, seconds: float) -> None:
         """Set some of the time aside for what comes after training."""
@@ -92,6 +100,10 @@ class Clock:
     def rate(self, step: int) -> float:
         """Learning rate relative to the largest one: a short rise, then half a cosine."""
         share = self.share(step)
+        if self.steps is None:
+            # Texts may have taken half of the time, or all of it.
+            begun = min(self.begun / self._end, 0.999)
+            share = max(0.0, share - begun) / (1 - begun)
         if share < _WARM_UP:
             # The first step has to do something.
             return max(share, 0.1 * _WARM_UP) / _WARM_UP
@@ -101,7 +113,8 @@ class Clock:
     def go_on(self, checkpoint: Path) -> None:
         """Count what a checkpoint's log says was spent before it."""
         log = read_state(checkpoint)["log_history"]
-        self._earlier = next(entry[_SPENT] for entry in reversed(log) if _SPENT in entry)
+        last = next(entry for entry in reversed(log) if _SPENT in entry)
+        self._earlier, self.begun = last[_SPENT], last.get(_BEGUN, 0.0)
 
 
 class Distiller(Trainer):
@@ -143,6 +156,8 @@ class Distiller(Trainer):
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
     ) -> Tensor:
         """How far the student's predictions are from the teacher's and from the text, in nats."""
+        # Without dropout, as the teacher predicts: what it leaves out at random is no property of the student.
+        model.eval()
         ids, candidates = inputs["input_ids"], self._candidates
         following, offsets = ids[:, 1:], None
         if candidates is None:
@@ -197,7 +212,7 @@ class Distiller(Trainer):
         each = self.held_out_divergences()
         metrics = {f"eval_{name}": value for name, value in each.items()}
         metrics[DIVERGENCE] = sum(each.values()) / len(each)
-        self.log({**metrics, _SPENT: self.clock.spent})
+        self.log({**metrics, _SPENT: self.clock.spent, _BEGUN: self.clock.begun})
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -248,7 +263,11 @@ class _Timing(TrainerCallback):
         logger.info("Step %d, held out (nats): %s.", state.global_step, told)
         # The trainer looks at the metric after this, so what is best so far is that of before.
         best = state.best_metric
-        is_worse = best is not None and found[DIVERGENCE] > _WORSE * best
+        is_finite = math.isfinite(found[DIVERGENCE])
+        if not is_finite and best is None:
+            logger.warning("The predictions aren't finite: training ends.")
+            control.should_training_stop = True
+        is_worse = not is_finite or (best is not None and found[DIVERGENCE] > _WORSE * best)
         self._worse = self._worse + 1 if is_worse else 0
         if self._worse >= _PATIENCE:
             logger.warning("It only gets worse: training ends, and the best checkpoint is kept.")

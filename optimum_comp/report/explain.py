@@ -12,6 +12,7 @@ from typing import Any
 
 from optimum_comp.configuration import CompConfig
 from optimum_comp.core.recovery import FORMS
+from optimum_comp.distillation.rounding import rounds_head
 from optimum_comp.onnx.recipes import BUDGET, TARGETS
 from optimum_comp.report.run import CompReport, Decision, LayerReport
 
@@ -643,9 +644,9 @@ def distillation_text(name: str, found: Mapping[str, Any]) -> str:
         name: of the folder.
         found: what it found.
     """
-    what = (
-        f"low-rank additions of rank {found['lora_rank']}" if found["lora_rank"] else "all weights but the embedding"
-    )
+    what = "all weights" if rounds_head(found["rounding"]) else "all weights but embedding and head"
+    if found["lora_rank"]:
+        what = f"low-rank additions of rank {found['lora_rank']}"
     lines = [
         _filled(
             f"{name}: trained on the predictions of {found['teacher']}: {found['steps']:,} steps, {found['tokens']:,} "

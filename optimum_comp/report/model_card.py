@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from optimum_comp.configuration import CompConfig
-from optimum_comp.report.run import CompReport
+from optimum_comp.report.run import CompReport, told_name
 
 
 _TEXT = """# {title}
@@ -110,7 +110,8 @@ def model_card(report: CompReport, config: CompConfig, base_model: str | None) -
         base_model: hub id or folder of the dense model; only a hub id goes into the card's metadata.
     """
     is_local = base_model is None or Path(base_model).exists()
-    title = f"{Path(base_model).name if base_model else report.model_type}, {report.achieved_sparsity:.0%} pruned"
+    name = told_name(base_model) if base_model else report.model_type
+    title = f"{name.rpartition('/')[2]}, {report.achieved_sparsity:.0%} pruned"
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -121,9 +122,7 @@ def model_card(report: CompReport, config: CompConfig, base_model: str | None) -
     text = _TEXT.format(
         title=title,
         name="this-folder",
-        base=f"`{Path(base_model).name if is_local else base_model}`"
-        if base_model
-        else f"A {report.model_type} model",
+        base=f"`{name}`" if base_model else f"A {name} model",
         parameters_before=report.parameters_before,
         parameters_after=report.parameters_after,
         layers_before=len(report.layers) + len(report.removed_layers),

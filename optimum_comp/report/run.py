@@ -12,6 +12,8 @@ from typing import Any
 
 from optimum_comp.beginning import Beginning
 from optimum_comp.core.allocation import Entry
+from optimum_comp.files import VOCABULARY
+from optimum_comp.strict_json import read_object
 from optimum_comp.utils import format_bytes
 
 
@@ -201,6 +203,23 @@ def recorded_beginning(folder: str | Path) -> Beginning | None:
     if not path.is_file():
         return None
     return Beginning.from_dict(json.loads(path.read_text(encoding="utf-8"))["calibration"])
+
+
+def told_name(model: str | Path) -> str:
+    """What a model is called in reports: of one with fewer tokens, the name of the one that had all.
+
+    Of a folder, its name alone: a path says nothing to others and may say too much.
+
+    Args:
+        model: folder or hub id.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        return str(model)
+    try:
+        return str(read_object(folder / VOCABULARY)["model"])
+    except (OSError, ValueError, KeyError):
+        return folder.resolve().name
 
 
 def library_versions() -> dict[str, str]:

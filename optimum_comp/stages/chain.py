@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from optimum_comp.beginning import Beginning
 from optimum_comp.calibration.mix import parts_of
 from optimum_comp.calibration.self_written import is_chat
-from optimum_comp.calibration.text import PYDOC, SELF, Calibration, CalibrationSource, read_beginning
+from optimum_comp.calibration.text import SELF, Calibration, CalibrationSource, require_text
 from optimum_comp.chain_memory import (
     EVALUATE,
     EVALUATE_ONNX,
@@ -508,11 +508,9 @@ class Chain:
         missing = any(not step.is_there and step.stage.wants_samples for step in self._steps)
         if missing and not self.has_samples:
             _, source, column = self._sampling()
-            each_source: list[Any] = [part.source for part in parts_of(source)] or [source]
-            texts += [(each, column) for each in each_source]
+            texts.append((source, column))
         for text, column in texts:
-            if isinstance(text, (str, Path)) and str(text) not in (SELF, PYDOC):
-                read_beginning(text, column, 1)[0](1)
+            require_text(text, column)
 
     def _require_memory(self) -> None:
         """Say what the steps behind pruning, which keeps to a limit itself, need of memory; refuse what can't fit."""

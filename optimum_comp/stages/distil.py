@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 
+from optimum_comp.beginning import start_tokens
 from optimum_comp.calibration.mix import IN_MEMORY, parts_of, weighed, with_another
-from optimum_comp.calibration.text import PYDOC, SELF, CalibrationSource, read_beginning
+from optimum_comp.calibration.text import PYDOC, SELF, CalibrationSource, first_tokens, read_beginning
 from optimum_comp.checkpoint.opening import find_device, open_config
 from optimum_comp.checkpoint.reader import weight_files
 from optimum_comp.checkpoint.source import empty_model
+from optimum_comp.checkpoint.tokenizer import open_tokenizer
 from optimum_comp.distillation.settings import DistilSettings
-from optimum_comp.distillation.texts import sources_of
+from optimum_comp.distillation.texts import require_blocks, sources_of
 from optimum_comp.files import file_digest
 from optimum_comp.options import Option, Text, options_of
 from optimum_comp.stages.base import ANSWERS, CHECKPOINT, DENSE, Artifact, Stage, source_identity, written_source
@@ -123,9 +125,17 @@ class Distil(Stage):
         find_device(self.settings.device)
         student = open_config(chain.model, lookup_arguments(chain.loading))
         check_settings(student, self._teacher_config(chain), self.settings)
-        for part in sources_of(self.settings.text):
-            if part.source not in (SELF, PYDOC) and not part.source.startswith(IN_MEMORY):
-                read_beginning(part.source, self.settings.text_column, 1)[0](1)
+        parts = [part for part in sources_of(self.settings.text) if part.source not in (SELF, PYDOC)]
+        parts = [part for part in parts if not part.source.startswith(IN_MEMORY)]
+        if parts:
+            tokenizer, length = (
+                open_tokenizer(chain.model, lookup_arguments(chain.loading)),
+                self.settings.sequence_length,
+            )
+            for part in parts:
+                beginning, name = read_beginning(part.source, self.settings.text_column, 2 * length)
+                tokens = first_tokens(tokenizer, beginning, 2 * length).numel()
+                require_blocks(tokens, name, length, start_tokens(tokenizer))
 
     def disk_bytes(self, chain: Any) -> int:
         """See `Stage`."""

@@ -125,7 +125,7 @@ def output_moments(
             for number, (row, sample) in enumerate(zip(rows, samples, strict=True)):
                 there = len(layers) * count + number
                 last = states.read(slice(there, there + 1), source.device, source.compute_dtype)
-                generator = torch.Generator().manual_seed(1_000_003 * seed + row)
+                generator = torch.Generator().manual_seed((1_000_003 * seed + row) % 2**63)
                 gradients.append(_gradient_of_loss(runner, sample, last, generator))
         sweep(source, reversed(layers), _Backwards(runner, states, gradients, moments, ranks, progress))
     return True

@@ -69,8 +69,11 @@ class Journal:
         """Begin anew in a folder that is empty, or whose model is to be replaced once the new one is complete."""
         output.mkdir(parents=True, exist_ok=True)
         journal = cls(output, {})
+        # What goes at the end; what comes into the folder meanwhile is somebody's own. A name that couldn't be one on
+        # another system stays: nothing that a run writes is called so.
+        stale = sorted(path.name for path in output.iterdir() if is_plain_name(path.name))
         # The journal first: a folder with anything of ours in it has one.
-        journal.record(format=_FORMAT, stage=LAYERS, finished=0, run={})
+        journal.record(format=_FORMAT, stage=LAYERS, finished=0, run={}, stale=stale)
         _remove(journal.work)
         journal.work.mkdir()
         return journal
@@ -316,9 +319,8 @@ class Journal:
             for path in final.rglob("*"):
                 (sync_folder if path.is_dir() else sync_file)(path)
             sync_folder(final)
-            # A name that couldn't be one on another system stays: nothing that a run writes is called so.
-            stale = sorted(path.name for path in self.output.iterdir() if is_plain_name(path.name))
-            self.record(stage=FINISHING, files=sorted(path.name for path in final.iterdir()), stale=stale)
+            files = sorted(path.name for path in final.iterdir())
+            self.record(stage=FINISHING, files=files, stale=self.state.get("stale", []))
         for name in self.state["files"]:
             if not (final / name).exists() and not (self.output / name).exists():
                 raise DamagedRunError(self.output, f"{name} of the finished model is missing")

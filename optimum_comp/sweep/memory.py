@@ -56,7 +56,8 @@ class Workload:
         head_parameters: of a language-model head that isn't the embedding.
         vocabulary: tokens that the model knows.
         gradients: samples whose gradients are looked at; 0 if none.
-        weighs_widths: what neurons cost is found for each layer first.
+        weighs: what neurons cost is found for each layer first.
+        weighs_layers: and what whole layers do.
         variants: streams of hidden states of the loss metric, all in memory.
         variant_samples: samples of each.
     """

@@ -677,7 +677,7 @@ class PruningRun:
             ridge=self.config.ridge,
             block_size=self.config.elimination_block,
             # Of the layer alone, so that a run that is gone on with draws what an undisturbed one draws.
-            generator=torch.Generator().manual_seed(1_000_003 * self.config.seed + index),
+            generator=torch.Generator().manual_seed((1_000_003 * self.config.seed + index) % 2**63),
             cross=moments.cross,
             own_share=moments.own_share,
             root=self._root(index, moments.gram),
@@ -719,7 +719,7 @@ class PruningRun:
         return merged
 
     def _update(self, index: int, cuts: list[Cut], found: Reduction, junction: Junction) -> float:
-        """Bring the hidden states behind the pruned layer; returns the square of what its consumer contributes."""
+        """Bring the hidden states behind the pruned layer; returns the square of what its consumer makes."""
         own, inputs = self._own, self._inputs
         squares = torch.zeros((), dtype=torch.float64, device=self.source.device)
         kept, weight = found.kept.to(self.source.device), found.weight.to(self.source.device)
@@ -732,7 +732,8 @@ class PruningRun:
                     squares += new.float().square().sum(dtype=torch.float64)
                     own.write(rows, self._read(own, rows) + new)
             self.ranks.sum_(squares)
-            return float(squares)
+            # Errors are told before it is scaled.
+            return float(squares) / junction.multiplier**2
         # A model that is in memory is cut already.
         cuts = [] if self.source.is_resident else cuts
         with (

@@ -35,7 +35,7 @@ class Trials:
         self._run, self._fitted = run, tokens[::stride]
         others = tokens[1::stride][:TRIAL_SAMPLES]
         self.can_be_made = len(others) >= run.ranks.size
-        self._held_out = _HeldOut(run, others)
+        self._held_out = _HeldOut(run, others if self.can_be_made else others[:0])
 
     def measure(self, settled: Settled) -> float:
         """How far what is left is from the dense model, in nats a token, pruned and measured on different samples."""

@@ -269,9 +269,7 @@ class _Costs:
 
     def _problem(self, weight: Tensor, gram: Tensor, root: Tensor) -> Problem:
         form, ridge = self._what.form, self._what.ridge
-        problem = problem_of(form, weight.to(gram), gram, ridge, root=root.to(gram), overwrite=True)
-        # The root is a part of the matrix there, and its scale with it.
-        return problem._replace(root=None) if form == "condition_mask" else problem
+        return problem_of(form, weight.to(gram), gram, ridge, root=root.to(gram), overwrite=True)
 
     def _units(self, axis: str, channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
         units = units_of(axis, self._counts, channels).to(device)

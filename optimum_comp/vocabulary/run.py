@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from optimum_comp.calibration.text import read_text, tokenize
+from optimum_comp.calibration.text import read_beginning, read_text, tokenize
 from optimum_comp.checkpoint.opening import CONFIG, GENERATION_CONFIG, open_config
 from optimum_comp.checkpoint.parts import join_parts, write_part
 from optimum_comp.checkpoint.reader import MODEL_FILES, Checkpoint, require_safetensors, resolve_folder, weight_files
@@ -179,7 +179,7 @@ class Plan:
         file = TokenizerFile(_read(folder / TOKENIZER), model)
         extra = _extra_tokens(file, tokenizer.get_vocab(), model)
         rows = int(config.vocab_size)
-        needed = {*file.always, *extra.values(), *_ids_in_settings(folder, config)}
+        needed = {*file.always, *extra.values(), *_ids_in_settings(folder, config), *_ids_of_chat(tokenizer)}
         counts = _counts(settings, tokenizer)
         total = sum(counts.values(), Counter())
         wanted = {token for token in total if token < rows}
@@ -390,6 +390,16 @@ def _counts(settings: VocabularySettings, tokenizer: Any) -> dict[str, Counter[i
     return found
 
 
+def _ids_of_chat(tokenizer: Any) -> set[int]:
+    """Tokens of what a chat template puts around turns, whatever texts have of it: its names, a standing request."""
+    if not tokenizer.chat_template:
+        return set()
+    turns = [{"role": role, "content": "1"} for role in ("user", "assistant", "user")]
+    with explaining("the chat template can't be applied"):
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return set(tokenize(tokenizer, str(text)).tolist())
+
+
 def _pieces(text: str) -> Iterator[str]:
     """A text in parts that end with lines."""
     start = 0
@@ -401,7 +411,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _first(source: str, column: str | None) -> str:
-    return read_text(source, column)[0][:_PROBE]
+    return read_beginning(source, column, _PROBE)[0](_PROBE)
 
 
 def _coverage(count: Counter[int], kept: set[int]) -> dict[str, Any]:
