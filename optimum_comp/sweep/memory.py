@@ -58,6 +58,7 @@ class Workload:
         gradients: samples whose gradients are looked at; 0 if none.
         weighs: what neurons cost is found for each layer first.
         weighs_layers: and what whole layers do.
+        bridges: layers may go whose work the one before them is to do.
         variants: streams of hidden states of the loss metric, all in memory.
         variant_samples: samples of each.
     """
@@ -82,6 +83,7 @@ class Workload:
     gradients: int = 0
     weighs: bool = False
     weighs_layers: bool = False
+    bridges: bool = False
     variants: int = 0
     variant_samples: int = 0
 
@@ -92,8 +94,13 @@ class Workload:
 
     @property
     def states_bytes(self) -> int:
-        """Both streams of hidden states."""
-        return (1 + self.is_aligned) * self.samples * self.length * self.hidden * self.state
+        """All streams of hidden states: what the model without some layers lacks is one more."""
+        return (1 + self.is_aligned + self.bridges) * self.samples * self.length * self.hidden * self.state
+
+    @property
+    def lies_here(self) -> bool:
+        """Whether the model is in memory as it is computed with."""
+        return bool(self.whole_model) and self.compute == self.state
 
     @property
     def fisher_bytes(self) -> int:
@@ -224,6 +231,7 @@ def workload_of(
         gradients=ranks.share(min(FISHER_SAMPLES, config.num_samples)) if config.needs_fisher else 0,
         weighs=config.allocation == "adaptive" or len(allocations) > 1,
         weighs_layers=len({allocation.layers for allocation in allocations}) > 1,
+        bridges=config.bridge and config.recovery != "none" and any(each.layers for each in allocations),
         variants=len(source.layers) if by_loss else 0,
         variant_samples=min(LOSS_SAMPLES, config.num_samples) if by_loss else 0,
     )
@@ -305,8 +313,8 @@ def predict(work: Workload, plan: MemoryPlan, base: int) -> MemoryPlan:
     tokens = plan.batch_size * work.length
     gram = work.width**2 * work.solve
     weight = work.hidden * work.width * work.solve
-    layer = 0 if work.whole_model else work.layer_parameters * work.compute
-    embedding = 0 if work.whole_model else work.outside_parameters * work.compute
+    layer = 0 if work.lies_here else work.layer_parameters * work.compute
+    embedding = 0 if work.lies_here else work.outside_parameters * work.compute
     # States in memory are there twice while a copy of them is on its way to the disk.
     kept = (0 if plan.spill_states else 2 * work.states_bytes) + (0 if plan.spill_inputs else work.inputs_bytes)
     # Inside a layer: some twelve vectors of the hidden size a token, and gate, activation, product and its copy.
@@ -337,7 +345,7 @@ def predict(work: Workload, plan: MemoryPlan, base: int) -> MemoryPlan:
     if work.gradients:
         # What a layer's products, norms and activations keep for the way back, and rounded copies of its weights.
         back = work.length * work.compute * (30 * work.hidden + 10 * work.width) + work.layer_parameters * 2
-        head = 0 if work.whole_model else work.head_parameters * work.compute
+        head = 0 if work.lies_here else work.head_parameters * work.compute
         positions = min(work.length, positions_of_gradients(work.hidden, work.vocabulary))
         logits = 5 * 4 * positions * work.vocabulary
         passed = work.gradients * work.length * work.hidden * work.compute
