@@ -351,7 +351,7 @@ class CompPruner:
         if unfinished is None and self._ranks.is_first:
             # Weights are read and text is written for minutes: what can be known before is looked at before.
             require_text(calibration, text_column)
-            if folder is not None and not self._source.is_resident:
+            if is_written and folder is not None and not self._source.is_resident:
                 check_disk(folder, disk_bytes(work, first, written, resumable=True))
         started = time.perf_counter()
         fingerprint = self._ranks.from_first(self._source.check() if self._ranks.is_first else "")
