@@ -128,10 +128,8 @@ class Distil(Stage):
         parts = [part for part in sources_of(self.settings.text) if part.source not in (SELF, PYDOC)]
         parts = [part for part in parts if not part.source.startswith(IN_MEMORY)]
         if parts:
-            tokenizer, length = (
-                open_tokenizer(chain.model, lookup_arguments(chain.loading)),
-                self.settings.sequence_length,
-            )
+            tokenizer = open_tokenizer(chain.model, lookup_arguments(chain.loading))
+            length = self.settings.sequence_length
             for part in parts:
                 beginning, name = read_beginning(part.source, self.settings.text_column, 2 * length)
                 tokens = first_tokens(tokenizer, beginning, 2 * length).numel()
