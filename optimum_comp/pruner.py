@@ -369,11 +369,9 @@ class CompPruner:
         products = self._ranks.from_first(products)
         disk = disk_bytes(work, plan, written, resumable=folder is not None)
         if folder is None or self._source.is_resident:
-            self._scratch = (
-                make_scratch(disk, _WAITING, announced=self._ranks.is_first, otherwise="Give output=, or ")
-                if disk
-                else None
-            )
+            remedy = "Give output=, or set TMPDIR to a folder with the room."
+            announced = self._ranks.is_first
+            self._scratch = make_scratch(disk, _WAITING, announced=announced, remedy=remedy) if disk else None
         elif unfinished is None:
             check_disk(folder, disk)
         self._interrupted = True

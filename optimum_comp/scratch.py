@@ -21,7 +21,9 @@ _CHOICES = ("TMPDIR", "TEMP", "TMP")
 _IN_MEMORY = ("tmpfs", "ramfs")
 
 
-def make_scratch(needed: int, what: str, *, announced: bool = True, otherwise: str = "") -> TemporaryDirectory[str]:
+def make_scratch(
+    needed: int, what: str, *, announced: bool = True, remedy: str = "Set TMPDIR to a folder with the room."
+) -> TemporaryDirectory[str]:
     """Make a temporary folder, which is removed when the object that is returned is.
 
     It is where the user wants temporary files (`TMPDIR`); else where the system has them, if that isn't in memory and
@@ -31,7 +33,7 @@ def make_scratch(needed: int, what: str, *, announced: bool = True, otherwise: s
         needed: bytes that are going to be written there.
         what: waits there.
         announced: say which folder it is.
-        otherwise: what else to do where there is no room, as the beginning of a sentence that goes on with "set".
+        remedy: what to do where there is no room.
 
     Raises:
         OSError: there is no room in any of them.
@@ -44,10 +46,7 @@ def make_scratch(needed: int, what: str, *, announced: bool = True, otherwise: s
     fitting = [place for place in fitting if os.access(place, os.W_OK)]
     if not fitting:
         known = "; ".join(_describe(place, free[place]) for place in places)
-        raise OSError(
-            f"{what} wait in a temporary folder, which needs {format_bytes(needed)}: {known}. "
-            f"{otherwise}{'set' if otherwise else 'Set'} TMPDIR to a folder with the room."
-        )
+        raise OSError(f"{what} wait in a temporary folder, which needs {format_bytes(needed)}: {known}. {remedy}")
     place = fitting[0]
     scratch = TemporaryDirectory(prefix="optimum-comp-" if place == usual else ".optimum-comp-", dir=place)
     if announced:

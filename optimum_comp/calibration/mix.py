@@ -76,6 +76,11 @@ def shared(parts: Sequence[Part]) -> tuple[Part, ...]:
     return tuple(Part(part.source, part.share / whole) for part in parts)
 
 
+def sources_in(source: str) -> list[str]:
+    """The sources of a mix as they are written; of what is no mix, itself."""
+    return [part.source for part in parts_of(source)] or [source]
+
+
 def with_another(source: str, other: str, share: float) -> list[str]:
     """The parts, as they are written, of a mix in which another source has a share beside what there was.
 

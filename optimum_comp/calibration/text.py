@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from optimum_comp.beginning import Beginning, in_front, spread, start_tokens
-from optimum_comp.calibration.mix import counts_of, parts_of
+from optimum_comp.calibration.mix import counts_of, parts_of, sources_in
 from optimum_comp.utils import explaining, get_logger, is_there, progress_disabled, shown
 
 
@@ -249,7 +249,7 @@ def require_text(source: Any, text_column: str | None = None) -> None:
     """
     if not isinstance(source, (str, Path)):
         return
-    for name in [part.source for part in parts_of(source)] or [str(source)]:
+    for name in sources_in(str(source)):
         if name not in (SELF, PYDOC):
             read_beginning(name, text_column, 1)[0](1)
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from optimum_comp.beginning import Beginning
-from optimum_comp.calibration.mix import parts_of
+from optimum_comp.calibration.mix import sources_in
 from optimum_comp.calibration.self_written import is_chat
 from optimum_comp.calibration.text import SELF, Calibration, CalibrationSource, require_text
 from optimum_comp.chain_memory import (
@@ -362,8 +362,7 @@ class Chain:
         """Texts that something is calibrated or trained on, as a recipe has them."""
         found: list[str] = []
         if any(stage.wants_samples for stage in self.stages):
-            source = written_source(self._sampling()[1])
-            found += [part.source for part in parts_of(source)] or [source]
+            found += sources_in(written_source(self._sampling()[1]))
         distil = self._stage(Distil)
         if distil is not None:
             found += [part.source for part in sources_of(distil.settings.text)]
