@@ -554,7 +554,7 @@ def test_heads_say_of_some_tokens_what_they_say_of_them_among_all(family):
     ids, head = torch.arange(8)[None] + 4, model.get_output_embeddings()
     whole = model(input_ids=ids).logits
     tokens = torch.tensor([3, 17, 5])
-    with pytest.raises(KeyError), predicting(tokens, model):
+    with pytest.raises(KeyError), predicting((model, tokens)):
         some = model(input_ids=ids).logits
         raise KeyError
     assert model.get_output_embeddings() is head

@@ -55,7 +55,7 @@ def divergence(
     student: Tensor,
     teacher: Tensor,
     labels: Tensor | None = None,
-    share: float = 0.0,
+    share: float | Tensor = 0.0,
     offsets: Tensor | None = None,
 ) -> Tensor:
     """Mean Kullback-Leibler divergence `KL(teacher ‖ student)` of next-token predictions, in nats, over all positions.
@@ -69,7 +69,7 @@ def divergence(
         student: logits `[..., vocabulary]`; the gradient goes here.
         teacher: logits of the same shape.
         labels: the tokens that come next, `[...]`; negative where none is known, and there only the teacher counts.
-        share: `a`, how much they count, in [0, 1].
+        share: `a`, how much they count, in [0, 1]: everywhere, or for each position, `[...]`.
         offsets: added to the logits of both, `[vocabulary]`: the logarithm of how many tokens each stands for, where
             some stand for others that were left out.
 
@@ -85,8 +85,47 @@ def divergence(
             "one vocabulary."
         )
     known = torch.zeros(student.shape[:-1], dtype=torch.int64, device=student.device) if labels is None else labels
-    weights = torch.where(known < 0, 0.0, share if labels is not None else 0.0).flatten()
+    shares = torch.as_tensor(share if labels is not None else 0.0, dtype=torch.float32, device=student.device)
+    weights = torch.where(known < 0, 0.0, shares).flatten()
     found: Tensor = _Loss.apply(
         student.flatten(0, -2), teacher.flatten(0, -2).detach(), known.clamp(min=0).flatten(), weights, offsets
     )
+    return found
+
+
+def grouped(
+    logits: Tensor,
+    own: Tensor,
+    members: Tensor,
+    groups: Tensor,
+    offsets: Tensor | None = None,
+    group_offsets: Tensor | None = None,
+) -> Tensor:
+    """Logits of groups of tokens: a group is as likely as all its tokens together.
+
+    Args:
+        logits: `[n, tokens]`.
+        own: a token of each group, `[groups]`.
+        members: further tokens that are in a group, `[m]`; those that are in none don't count.
+        groups: the group of each of these, `[m]`.
+        offsets: added to the logits first, `[tokens]`, as in `divergence`.
+        group_offsets: taken off what comes out, `[groups]`, where `divergence` will add it.
+
+    Returns:
+        `[n, groups]`, float32: `log Σ exp(logit)` over each group's tokens.
+    """
+    found = torch.empty(len(logits), len(own), device=logits.device)
+    most = _CHUNK_VALUES if logits.device.type == "cpu" else _CHUNK_VALUES_GPU
+    step = max(1, most // logits.shape[1])
+    smallest = torch.finfo(torch.float32).tiny
+    for start in range(0, len(logits), step):
+        rows = logits[start : start + step].float()
+        if offsets is not None:
+            rows = rows + offsets
+        largest = rows.amax(-1, keepdim=True)
+        likely = (rows - largest).exp_()
+        sums = likely.index_select(1, own).index_add_(1, groups, likely.index_select(1, members))
+        # What is too unlikely for a number is so in every case.
+        part = sums.clamp_(min=smallest).log_().add_(largest)
+        found[start : start + step] = part if group_offsets is None else part - group_offsets
     return found

@@ -64,8 +64,11 @@ class Candidates:
         return torch.cat([self._there, self._others[drawn]])
 
     def places(self, tokens: Tensor) -> Tensor:
-        """Where tokens that are trained on stand among those of any step, in the shape that is given."""
-        return self._places.to(tokens.device)[tokens]
+        """Where tokens that are trained on stand among those of any step, in the shape that is given.
+
+        What is negative stays so.
+        """
+        return torch.where(tokens < 0, tokens, self._places.to(tokens.device)[tokens.clamp(min=0)])
 
 
 class _Partial(nn.Module):
@@ -89,18 +92,17 @@ class _Partial(nn.Module):
 
 
 @contextlib.contextmanager
-def predicting(tokens: Tensor, *models: Any) -> Iterator[None]:
+def predicting(*chosen: tuple[Any, Tensor]) -> Iterator[None]:
     """Have models predict some tokens alone meanwhile.
 
     Args:
-        tokens: their ids; logits are in this order.
-        models: with heads that are `nn.Linear`.
+        chosen: models with heads that are `nn.Linear`, and for each the tokens' ids; its logits are in this order.
     """
-    heads = [model.get_output_embeddings() for model in models]
+    heads = [model.get_output_embeddings() for model, _ in chosen]
     try:
-        for model, head in zip(models, heads, strict=True):
+        for (model, tokens), head in zip(chosen, heads, strict=True):
             model.set_output_embeddings(_Partial(head, tokens))
         yield
     finally:
-        for model, head in zip(models, heads, strict=True):
+        for (model, _), head in zip(chosen, heads, strict=True):
             model.set_output_embeddings(head)

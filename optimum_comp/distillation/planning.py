@@ -12,6 +12,7 @@ from optimum_comp.chain_memory import BASE_BYTES, available_memory
 from optimum_comp.checkpoint.source import empty_model
 from optimum_comp.distillation.rounding import rounds_head
 from optimum_comp.distillation.settings import DistilSettings
+from optimum_comp.distillation.translation import unlike
 from optimum_comp.families import family_of
 from optimum_comp.utils import parameter_count
 
@@ -47,7 +48,9 @@ def memory_of(student: Any, teacher: Any, settings: DistilSettings, lora_rank: i
     layers = family.get_layers(student)
     hidden, width = family.ffn.consumer.matrix(layers[0]).shape
     activations = len(layers) * tokens * (16 * hidden + 5 * width) * 4
-    logits = 4 * 3 * micro_batch(settings, config.vocab_size) * settings.sequence_length * int(config.vocab_size)
+    # Of a smaller vocabulary than the teacher's, the teacher's is the one that counts.
+    rows = int(teacher.config.vocab_size)
+    logits = 4 * 3 * micro_batch(settings, rows) * settings.sequence_length * rows
     checkpoint = 4 * weights if lora_rank == 0 else 0
     rounding = 2 * 4 * weights + 4 * len(layers) * (3 * hidden**2 + width**2) if settings.rounding is not None else 0
     training = activations + logits + 12 * trained + max(checkpoint, rounding)
@@ -93,17 +96,14 @@ def check_settings(student: Any, teacher: Any, settings: DistilSettings) -> None
     """Refuse what can be refused by the configs of both models.
 
     Raises:
-        ValueError: the family isn't supported, the vocabularies differ, samples are too long for the student, or its
-            weights can't be rounded.
+        ValueError: the family isn't supported, the student knows more tokens than the teacher, samples are too long
+            for the student, or its weights can't be rounded.
         ImportError: LoRA without `peft`.
     """
     family = family_of(student)
     theirs = getattr(teacher, "vocab_size", None)
-    if student.vocab_size != theirs:
-        raise ValueError(
-            f"the student knows {student.vocab_size:,} tokens and the teacher {theirs or 0:,}; distillation compares "
-            "predictions, so both have to have one vocabulary."
-        )
+    if theirs is None or student.vocab_size > theirs:
+        raise ValueError(unlike(student.vocab_size, theirs or 0))
     limit = getattr(student, "max_position_embeddings", None)
     if limit is not None and settings.sequence_length > limit:
         raise ValueError(

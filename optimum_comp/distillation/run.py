@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from optimum_comp.beginning import Beginning, decide, losses_of_model, start_tokens
 from optimum_comp.calibration.mix import Part
 from optimum_comp.calibration.self_written import write_self
-from optimum_comp.calibration.text import SELF
+from optimum_comp.calibration.text import SELF, tokenize
 from optimum_comp.chain_memory import DISTIL, require_memory
 from optimum_comp.checkpoint.opening import GENERATION_CONFIG, find_device, open_config, trusted
 from optimum_comp.checkpoint.reader import resolve_folder
@@ -43,6 +43,7 @@ from optimum_comp.distillation.texts import (
     sources_of,
 )
 from optimum_comp.distillation.trainer import Clock, Distiller, arguments, name_best, read_state
+from optimum_comp.distillation.translation import Translation
 from optimum_comp.families import FFN, family_of
 from optimum_comp.families.cutting import dead_units, drop_dead_units, fill_up
 from optimum_comp.files import (
@@ -87,6 +88,9 @@ SmolLM2-135M."""
 _TEMPERATURE = 0.7
 """Of what the teacher writes: as when somebody asks, since a small model that draws what is unlikely soon talks of
 nothing."""
+_MISSING, _EXPECTED_SAMPLES = 2**14, 16
+"""Of a larger vocabulary's tokens that the student lacks, so many are looked at, beside those that the texts have; and
+samples by which those are chosen."""
 _ROUNDING_SAMPLES = 48
 """Samples that rounding looks at before it is trained."""
 
@@ -153,7 +157,8 @@ def distil(
 
     Args:
         model: folder or hub id of the student.
-        teacher: folder or hub id of the teacher; it has to have the same vocabulary.
+        teacher: folder or hub id of the teacher; the student's vocabulary has to be the same, or a
+            part of it that `shrink_vocabulary` left.
         output: folder to make: a plain checkpoint with the student's tokenizer and side-cars.
         settings: how.
         teacher_arguments: passed on to the teacher's `from_pretrained`.
@@ -168,7 +173,8 @@ def distil(
 
     Raises:
         FileExistsError: the output, or an unfinished run, is there.
-        ValueError: the vocabularies differ, too little text or memory, or an unfinished run that was made otherwise.
+        ValueError: the student knows tokens that the teacher doesn't, too little text or memory, or an unfinished
+            run that was made otherwise.
         ImportError: LoRA without `peft`.
         OSError: a model or a text can't be read, or nothing can be written.
     """
@@ -227,6 +233,12 @@ class _Run:
         tokenizer = open_tokenizer(self.model)
         parts = sources_of(self.settings.text)
         rank = self._plan(parts)
+        translation = self._translation(tokenizer)
+        if translation is not None:
+            # Texts are read, and written, as the teacher does.
+            own, tokenizer = tokenizer, self._teacher_tokenizer()
+            self.known = {name: _read_again(tokens, own, tokenizer) for name, tokens in self.known.items()}
+            self.written = None if self.written is None else _read_again(self.written, own, tokenizer)
         # Of files, now: what is wrong with them is known before a model is loaded.
         known = dict(self.known)
         for part in parts:
@@ -245,7 +257,7 @@ class _Run:
                 partial.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
             try:
                 with self._leaving_nothing():
-                    found = self._train(parts, known, tokenizer, device, rank, sources)
+                    found = self._train(parts, known, tokenizer, translation, device, rank, sources)
             except KeyboardInterrupt as error:
                 raise KeyboardInterrupt(self.hint()) from error
             except FloatingPointError:
@@ -383,11 +395,25 @@ class _Run:
         )
         return rank
 
+    def _teacher_tokenizer(self) -> Any:
+        return open_tokenizer(self.teacher, lookup_arguments(self.teacher_arguments))
+
+    def _translation(self, tokenizer: Any) -> Translation | None:
+        """What the teacher's tokens are to a student that has fewer; `None` if it has as many.
+
+        Raises:
+            ValueError: the student's vocabulary isn't a part of the teacher's.
+        """
+        tokens = open_config(self.model, {}).vocab_size
+        rows = open_config(self.teacher, lookup_arguments(self.teacher_arguments)).vocab_size
+        return None if tokens == rows else Translation.between(self._teacher_tokenizer(), tokenizer, rows, tokens)
+
     def _train(
         self,
         parts: list[Part],
         known: Mapping[str, Tensor],
         tokenizer: Any,
+        translation: Translation | None,
         device: torch.device,
         rank: int,
         sources: list[str],
@@ -400,7 +426,7 @@ class _Run:
             given = {"dtype": "auto", **self.teacher_arguments}
             teacher = AutoModelForCausalLM.from_pretrained(self.teacher, **trusted(self.teacher, given))
         teacher = teacher.float().to(device).eval().requires_grad_(False)
-        texts = self._texts(parts, known, tokenizer, teacher)
+        texts = self._texts(parts, known, tokenizer, translation, teacher)
         written = time.monotonic() - started
         if settings.seconds is not None and written > settings.seconds / 2:
             logger.warning(
@@ -426,6 +452,8 @@ class _Run:
                     module.weight.requires_grad_(False)
         if settings.rounding is not None:
             looked_at = _spread([text.train for text in texts], _ROUNDING_SAMPLES)
+            if translation is not None:
+                looked_at = translation.blocks_of(looked_at)
             round_while_training(student.eval(), family, settings.rounding, looked_at)
         set_seed(settings.seed)
         dead = dead_units(family, student)
@@ -436,13 +464,26 @@ class _Run:
         checkpoint = self._last_checkpoint()
         clock = Clock(settings.steps, settings.seconds, time.monotonic() - started)
         vocabulary = student.config.vocab_size
-        candidates = Candidates([text.train for text in texts], vocabulary, settings.seed)
-        is_part = candidates.pay and isinstance(student.get_output_embeddings(), nn.Linear)
-        if is_part:
+        seen, broken = [text.train for text in texts], None
+        if translation is not None:
+            broken = translation.likeliest(_expected(teacher, seen), seen, _MISSING)
             logger.info(
-                "Predictions are compared over %s of %s tokens in a step.", f"{len(candidates):,}", f"{vocabulary:,}"
+                "The student lacks %s of the teacher's tokens, and reads these words in pieces; it is trained "
+                "on the %s that are likeliest.",
+                f"{len(translation.broken()):,}",
+                f"{len(broken):,}",
             )
-        micro = micro_batch(settings, len(candidates) if is_part else vocabulary)
+            # The pieces of words that are put into samples, too.
+            seen = [translation.pieces_of(each).tokens for each in (*seen, broken[None])]
+        candidates = Candidates(seen, vocabulary, settings.seed)
+        # Of the two vocabularies, the teacher's is the larger one.
+        whole = teacher.config.vocab_size
+        compared = len(candidates) + (0 if broken is None else len(broken))
+        heads = (each.get_output_embeddings() for each in (student, teacher))
+        is_part = (candidates.pay or compared < whole // 2) and all(isinstance(head, nn.Linear) for head in heads)
+        if is_part:
+            logger.info("Predictions are compared over %s of %s tokens in a step.", f"{compared:,}", f"{whole:,}")
+        micro = micro_batch(settings, compared if is_part else whole)
         steps = settings.steps or _MOST_STEPS
         products = _products(settings, device)
         _narrow_factors(teacher, products)
@@ -452,12 +493,14 @@ class _Run:
             products=products,
             labels=settings.labels,
             candidates=candidates if is_part else None,
+            translation=translation,
+            broken=broken,
             model=student,
             args=arguments(
                 self.work,
                 batch_size=micro,
                 accumulation=settings.batch_size // micro,
-                evaluated=micro_batch(settings, vocabulary),
+                evaluated=micro_batch(settings, whole),
                 learning_rate=rate,
                 steps=steps,
                 seed=settings.seed,
@@ -531,7 +574,14 @@ class _Run:
             partial.write_text(json.dumps({"divergences": found, "seconds": seconds}), encoding="utf-8")
         return found, seconds
 
-    def _texts(self, parts: list[Part], known: Mapping[str, Tensor], tokenizer: Any, teacher: Any) -> list[TextBlocks]:
+    def _texts(
+        self,
+        parts: list[Part],
+        known: Mapping[str, Tensor],
+        tokenizer: Any,
+        translation: Translation | None,
+        teacher: Any,
+    ) -> list[TextBlocks]:
         """All texts in blocks; those that the teacher writes are kept for a run that is gone on with."""
         settings = self.settings
         tokens = {
@@ -539,6 +589,9 @@ class _Run:
             for part in parts
         }
         beginning = recorded_beginning(self.model) if Path(self.model).is_dir() else None
+        if beginning is not None and translation is not None:
+            start = tuple(translation.back[list(beginning.tokens)].tolist())
+            beginning = dataclasses.replace(beginning, tokens=start)
         if beginning is None:
             pieces = pieces_of([each.flatten() for each in tokens.values()], settings.sequence_length)
             beginning = decide("auto", tokenizer, pieces, losses_of_model(teacher), "Samples")
@@ -589,6 +642,23 @@ class _Run:
                 )
                 (folder / CARD).write_text(text, encoding="utf-8")
             (folder / DISTILLATION).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+
+
+@torch.no_grad()
+def _expected(teacher: Any, texts: Sequence[Tensor]) -> Tensor:
+    """How likely each token is on average, as the teacher sees texts, `[tokens]`."""
+    found = torch.zeros(teacher.config.vocab_size, dtype=torch.float64)
+    for sample in _spread(texts, _EXPECTED_SAMPLES):
+        logits = teacher(input_ids=sample[None].to(teacher.device), use_cache=False).logits
+        found += torch.softmax(logits[0].float(), -1).sum(0, dtype=torch.float64).cpu()
+    return found
+
+
+def _read_again(tokens: Tensor, own: Any, other: Any) -> Tensor:
+    """Tokens of one tokenizer as another reads their text, `[n]`."""
+    rows = tokens if tokens.dim() > 1 else tokens[None]
+    texts = (own.decode(row.tolist(), clean_up_tokenization_spaces=False) for row in rows)
+    return torch.cat([tokenize(other, text) for text in texts])
 
 
 def learning_rate(layers: Iterable[nn.Module], *, is_rounded: bool) -> float:

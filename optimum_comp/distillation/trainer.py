@@ -16,8 +16,9 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from optimum_comp.core.distillation import divergence
+from optimum_comp.core.distillation import divergence, grouped
 from optimum_comp.distillation.candidates import Candidates, predicting
+from optimum_comp.distillation.translation import Translation, put_into
 from optimum_comp.files import durably
 from optimum_comp.utils import get_logger, progress_disabled
 
@@ -34,6 +35,8 @@ _EVALUATIONS = 5
 _PATIENCE, _WORSE = 2, 1.5
 """Evaluations in one run, and how many that are so much worse than the best one end it. A little worse they may well
 be while the learning rate is high."""
+_MISSING = 1 / 16
+"""Share of the tokens in whose places words are put that the student lacks."""
 _SPENT, _BEGUN = "spent_seconds", "begun_seconds"
 
 
@@ -127,6 +130,10 @@ class Distiller(Trainer):
         labels: how much the text's own next tokens count beside the teacher's predictions, in [0, 1].
         candidates: tokens over which predictions are compared in training; `None` for the whole vocabulary, over
             which they are on what is held out in any case.
+        translation: what the teacher's tokens, in which all samples are, are to the student; `None` if they are its
+            own.
+        broken: tokens of what is trained on that the student lacks, `[m]`; beside the candidates, the teacher's
+            predictions of these count.
         given: as for `Trainer`; `eval_dataset` is text -> samples `[n, length]` that aren't trained on.
     """
 
@@ -138,10 +145,12 @@ class Distiller(Trainer):
         products: torch.dtype,
         labels: float,
         candidates: Candidates | None,
+        translation: Translation | None = None,
+        broken: Tensor | None = None,
         **given: Any,
     ):
         self.clock, self.teacher, self._products, self._labels = clock, teacher, products, labels
-        self._candidates = candidates
+        self._candidates, self._translation, self._broken = candidates, translation, broken
         self.lr_scheduler: Any = None
         self.control: Any = None
         super().__init__(**given)
@@ -159,18 +168,92 @@ class Distiller(Trainer):
         # Without dropout, as the teacher predicts: what it leaves out at random is no property of the student.
         model.eval()
         ids, candidates = inputs["input_ids"], self._candidates
+        if self._translation is not None:
+            step = self.state.global_step
+            tokens = None if candidates is None else candidates.of_step(step)
+            with_missing = self._with_missing(ids, self._translation, tokens, step)
+            return self._divergence_in_pieces(model, with_missing, self._translation, tokens, self._labels)
         following, offsets = ids[:, 1:], None
         if candidates is None:
             found, wanted = self._predictions(model, ids)
         else:
             following, offsets = candidates.places(following), candidates.offsets.to(ids.device)
-            with predicting(candidates.of_step(self.state.global_step), model, self.teacher):
+            tokens = candidates.of_step(self.state.global_step)
+            with predicting((model, tokens), (self.teacher, tokens)):
                 found, wanted = self._predictions(model, ids)
         nothing = ids.new_full((len(ids), 1), -1)
         return divergence(found, wanted, torch.cat([following, nothing], 1), self._labels, offsets)
 
-    def _predictions(self, model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of the student and of the teacher, `[samples, length, vocabulary]`."""
+    @torch.no_grad()
+    def _with_missing(self, ids: Tensor, translation: Translation, tokens: Tensor | None, step: int) -> Tensor:
+        """Samples in which the teacher has put some of the words that the student lacks, where they fit best.
+
+        Texts may have few of them, most of all those that the vocabulary was chosen by. The teacher reads what it has
+        put there, so that its predictions are of this very text.
+        """
+        broken = translation.broken() if self._broken is None else self._broken
+        if not len(broken):
+            return ids
+        if tokens is None or self._candidates is None:
+            columns, offsets = broken, torch.zeros((), device=ids.device)
+            logits = self._of_teacher(ids)
+        else:
+            columns = len(tokens) + torch.arange(len(broken))
+            offsets = torch.cat([self._candidates.offsets, torch.zeros(len(broken))]).to(ids.device)
+            with predicting((self.teacher, torch.cat([translation.back[tokens], broken]))):
+                logits = self._of_teacher(ids)
+        logits = logits[:, :-1].float() + offsets
+        of_broken = logits[..., columns.to(ids.device)] - logits.logsumexp(-1, keepdim=True)
+        # The same in a run that is gone on with; other samples of a step have other tokens.
+        generator = torch.Generator().manual_seed(1_000_003 * step + int(ids.sum()) % 1_000_003)
+        return put_into(ids, broken, of_broken.cpu(), max(1, round(_MISSING * ids.shape[1])), generator)
+
+    def _divergence_in_pieces(
+        self, model: Any, ids: Tensor, translation: Translation, tokens: Tensor | None, labels: float
+    ) -> Tensor:
+        """The loss of a student that reads some of the teacher's tokens in pieces.
+
+        Args:
+            model: the student.
+            ids: samples in the teacher's tokens, `[samples, length]`.
+            translation: what they are to the student.
+            tokens: the student's tokens that are compared; all, if `None`.
+            labels: how much the text counts at the end of a token; within one it says all.
+        """
+        device = ids.device
+        pieces = translation.pieces_of(ids, getattr(model.config, "max_position_embeddings", None))
+        following, offsets, theirs = pieces.following, None, None
+        if tokens is None or self._candidates is None:
+            broken, own = translation.broken(), translation.back
+            members, groups = broken, translation.first(broken)
+            found, wanted = self._predictions(model, pieces.tokens, ids)
+        else:
+            broken = translation.broken() if self._broken is None else self._broken
+            own, members = torch.arange(len(tokens)), len(tokens) + torch.arange(len(broken))
+            groups = self._candidates.places(translation.first(broken))
+            following, offsets = self._candidates.places(following), self._candidates.offsets.to(device)
+            theirs = torch.cat([offsets, offsets.new_zeros(len(broken))])
+            with predicting((model, tokens), (self.teacher, torch.cat([translation.back[tokens], broken]))):
+                found, wanted = self._predictions(model, pieces.tokens, ids)
+        own, members, groups = (each.to(device) for each in (own, members, groups))
+        wanted = grouped(wanted.flatten(0, 1), own, members, groups, theirs, offsets)
+        share = torch.where(pieces.inside, 1.0, labels)
+        found = found[pieces.row, pieces.column]
+        return divergence(found, wanted[pieces.owner], following, share, offsets)
+
+    def _of_teacher(self, ids: Tensor) -> Tensor:
+        with torch.autocast(ids.device.type, self._products, enabled=self._products != torch.float32):
+            logits: Tensor = self.teacher(input_ids=ids, use_cache=False).logits
+        return logits
+
+    def _predictions(self, model: nn.Module, ids: Tensor, theirs: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Logits of the student and of the teacher, `[samples, length, vocabulary]`.
+
+        Args:
+            model: the student.
+            ids: samples as it reads them.
+            theirs: as the teacher does; the same if `None`.
+        """
         # Not the trainer's own mixed precision: it would widen all logits, which are most of what is in memory. A
         # tied embedding that is rounded is so once, for the look-up and for the head.
         with (
@@ -178,7 +261,7 @@ class Distiller(Trainer):
             parametrize.cached(),
         ):
             with torch.no_grad():
-                wanted = self.teacher(input_ids=ids, use_cache=False).logits
+                wanted = self._of_teacher(ids if theirs is None else theirs)
             return model(input_ids=ids, use_cache=False).logits, wanted
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -203,7 +286,12 @@ class Distiller(Trainer):
         for name, samples in self.eval_dataset.items():
             total = 0.0
             for part in samples.split(self.args.per_device_eval_batch_size):
-                total += float(divergence(*self._predictions(self.model, part.to(self.args.device)))) * len(part)
+                ids = part.to(self.args.device)
+                if self._translation is None:
+                    loss = divergence(*self._predictions(self.model, ids))
+                else:
+                    loss = self._divergence_in_pieces(self.model, ids, self._translation, None, 0.0)
+                total += float(loss) * len(part)
             found[name] = total / len(samples)
         return found
 

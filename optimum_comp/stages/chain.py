@@ -254,6 +254,12 @@ class Chain:
         return {name: value for name, value in self.loading.items() if name in ("dtype", "trust_remote_code")}
 
     @property
+    def teacher(self) -> Artifact:
+        """What distillation learns from: what is pruned, or, where words fall to pieces, what has them all."""
+        stage = self._stage(Vocabulary)
+        return self.dense if stage is not None and stage.settings.breaks_words else self.base
+
+    @property
     def target(self) -> str:
         """The processor that quantization is for."""
         quantize = self._stage(Quantize)

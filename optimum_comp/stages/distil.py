@@ -98,7 +98,7 @@ class Distil(Stage):
             **self.settings.to_dict(),
             "device": (self.settings.device or "cpu").split(":")[0],
             "text": text,
-            "teacher": chain.base.key if self.teacher is None else _model_identity(self.teacher),
+            "teacher": chain.teacher.key if self.teacher is None else _model_identity(self.teacher),
         }
 
     def place(self, before: str) -> str:
@@ -110,18 +110,14 @@ class Distil(Stage):
         """See `Stage`."""
         from optimum_comp.distillation.planning import check_settings
 
-        if self.teacher is None and not chain.prunes and self.settings.rounding is None:
+        learns_from_itself = self.teacher is None and not chain.prunes and chain.teacher.name == chain.base.name
+        if learns_from_itself and self.settings.rounding is None:
             raise ValueError(
                 "distillation without pruning would teach the model its own predictions; prune too, name a teacher, "
                 "or train with rounding."
             )
         if any(each.startswith(IN_MEMORY) for each in self._asked.text or []):
             raise ValueError("the text to distil on was given in memory, and no file holds it; give it anew.")
-        if self.teacher is not None and chain.base.name != DENSE:
-            raise ValueError(
-                f"teacher={self.teacher!r} has another vocabulary than the model that is made, which distillation "
-                "can't compare; leave it away: then the model that is pruned teaches."
-            )
         find_device(self.settings.device)
         student = open_config(chain.model, lookup_arguments(chain.loading))
         check_settings(student, self._teacher_config(chain), self.settings)
@@ -169,12 +165,17 @@ class Distil(Stage):
         if chain.prunes and self.teacher is None and any(part.source == SELF for part in sources_of(text)):
             samples = chain.samples()
             written = None if samples.written is None else samples.without_beginning()[samples.written]
+        teacher, loading = self.teacher, {}
+        if teacher is None and chain.teacher.name == DENSE:
+            teacher, loading = chain.model, chain.loading
+        elif teacher is None:
+            teacher, loading = chain.base_model, chain.base_loading
         found = distil(
             chain.local(source),
-            chain.base_model if self.teacher is None else self.teacher,
+            teacher,
             target,
             dataclasses.replace(self.settings, text=text),
-            teacher_arguments=chain.base_loading if self.teacher is None else {},
+            teacher_arguments=loading,
             known=known,
             written=written,
             max_memory=chain.max_memory,

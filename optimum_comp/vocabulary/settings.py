@@ -57,6 +57,11 @@ class VocabularySettings:
                 "nothing says which tokens are to stay: name scripts (like --scripts latin) or a text (--text FILE)."
             )
 
+    @property
+    def breaks_words(self) -> bool:
+        """Whether tokens of the scripts may go, so that words fall to pieces."""
+        return self.scripts is None or self.max_tokens is not None
+
     def chosen_by(self) -> str:
         """What decides which tokens stay, in words."""
         found = [f"scripts {', '.join(self.scripts)}"] if self.scripts else []
