@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from optimum_comp.checkpoint.source import ModelSource
 from optimum_comp.configuration import require_begin
 from optimum_comp.core.layer_scores import next_token_loss
-from optimum_comp.sweep.loop import sweep
+from optimum_comp.sweep.loop import Reader, sweep
 from optimum_comp.sweep.runner import LayerRunner
 from optimum_comp.utils import get_logger
 
@@ -182,7 +182,7 @@ def losses_of_source(source: ModelSource) -> Losses:
         runner = LayerRunner(source, samples[0], source.compute_dtype)
         with source.outside():
             states = [runner.embed(sample) for sample in samples]
-        reader = _Reader(runner, states)
+        reader = Reader(runner, states)
         sweep(source, range(len(source.layers)), reader)
         found = []
         with source.outside(head=True):
@@ -191,20 +191,6 @@ def losses_of_source(source: ModelSource) -> Losses:
         return found
 
     return losses
-
-
-class _Reader:
-    """Takes the hidden states of some samples through the layers."""
-
-    def __init__(self, runner: LayerRunner, states: list[Tensor]):
-        self.states = states
-        self._runner = runner
-
-    def visit(self, index: int, layer: nn.Module) -> None:
-        self.states = [self._runner.run(index, each) for each in self.states]
-
-    def leave(self, index: int) -> None:
-        """Nothing is left to do."""
 
 
 def _head_loss(runner: LayerRunner, sample: Tensor, states: Tensor, span: Span) -> float:

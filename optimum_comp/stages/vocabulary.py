@@ -50,9 +50,10 @@ class Vocabulary(Stage):
 
     def identity(self, chain: Any) -> dict[str, Any]:
         """See `Stage`."""
-        text = self.settings.text
+        text, samples = self.settings.text, self.settings.samples
         return {
             **self.settings.to_dict(),
+            **({"expected": samples} if samples else {}),
             "text": None if text is None else sorted(str(source_identity(each)) for each in text),
         }
 
@@ -76,7 +77,8 @@ class Vocabulary(Stage):
         from optimum_comp.vocabulary.run import Plan
 
         if self._planned is None:
-            self._planned = Plan.of(chain.model, self.settings, chain.loading)
+            # How many stay is known without the model.
+            self._planned = Plan.of(chain.model, self.settings, chain.loading, ask_model=False)
         return self._planned
 
     def disk_bytes(self, chain: Any) -> int:
@@ -85,7 +87,12 @@ class Vocabulary(Stage):
 
     def run(self, source: Artifact, target: Path, chain: Any, record: Mapping[str, Any]) -> dict[str, Any]:
         """See `Stage`."""
-        shrunk = self._plan(chain).write(target, overwrite=True, record=record)
+        plan = self._plan(chain)
         # Its memory is wanted by what follows.
         self._planned = None
+        if self.settings.samples:
+            from optimum_comp.vocabulary.run import Plan
+
+            plan = Plan.of(chain.model, self.settings, chain.loading)
+        shrunk = plan.write(target, overwrite=True, record=record)
         return {**shrunk.to_dict(), "output": target.name}

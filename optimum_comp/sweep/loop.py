@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from optimum_comp.checkpoint.source import ModelSource
 from optimum_comp.sweep.runner import LayerRunner
@@ -45,6 +45,29 @@ def sweep(
             visitor.visit(index, layer)
             del layer
         visitor.leave(index)
+
+
+class Reader:
+    """Takes a few samples' hidden states, which stay in memory, through dense layers.
+
+    Args:
+        runner: runs them.
+        states: what enters the first layer, `[batch, length, hidden]` each.
+
+    Attributes:
+        states: what has left the last one that was visited.
+    """
+
+    def __init__(self, runner: LayerRunner, states: list[Tensor]):
+        self.states = states
+        self._runner = runner
+
+    def visit(self, index: int, layer: nn.Module) -> None:
+        """See `Visitor`."""
+        self.states = [self._runner.run(index, each) for each in self.states]
+
+    def leave(self, index: int) -> None:
+        """Nothing is left to do."""
 
 
 class Through:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from optimum_comp.beginning import in_front, start_tokens
 from optimum_comp.calibration.text import read_beginning, read_text, tokenize
-from optimum_comp.checkpoint.opening import CONFIG, GENERATION_CONFIG, open_config
+from optimum_comp.checkpoint.opening import CONFIG, GENERATION_CONFIG, find_device, open_config, open_source
 from optimum_comp.checkpoint.parts import join_parts, write_part
 from optimum_comp.checkpoint.reader import MODEL_FILES, Checkpoint, require_safetensors, resolve_folder, weight_files
 from optimum_comp.checkpoint.source import empty_model, stored_names
@@ -28,6 +30,7 @@ from optimum_comp.report.model_card import CARD, cut_card
 from optimum_comp.report.run import REPORT_NAME
 from optimum_comp.sweep.memory import check_disk
 from optimum_comp.utils import explaining, get_logger, lookup_arguments, parameter_count, shown
+from optimum_comp.vocabulary.expected import expected_tokens
 from optimum_comp.vocabulary.numbering import ids_needed, renumbered
 from optimum_comp.vocabulary.scripts import ASCII, characters_of, script_of
 from optimum_comp.vocabulary.selection import Characters, choose
@@ -44,6 +47,8 @@ _STALE = ("tokenizer.model", "spiece.model", "vocab.txt", "*.tiktoken", "vocab.b
 """Other files of a tokenizer that hold all tokens, in forms that nothing here writes."""
 _PIECE = 2**20
 """Characters of a text that are made tokens at a time."""
+_LENGTH = 255
+"""Tokens of a sample that the model reads, behind its start token."""
 _PROBE, _PROBES_OF_TOKENS, _TOGETHER = 2000, 64, 12
 """Characters of each text that the tokenizers are compared on; texts that are made for it, and tokens of each."""
 _PROBES = (
@@ -155,10 +160,26 @@ class Plan:
     shrunk: Shrunk
 
     @classmethod
-    def of(cls, model: str, settings: VocabularySettings, loading: Mapping[str, Any] | None = None) -> Plan:
-        """Choose the tokens; see `shrink_vocabulary`."""
+    def of(
+        cls,
+        model: str,
+        settings: VocabularySettings,
+        loading: Mapping[str, Any] | None = None,
+        *,
+        ask_model: bool = True,
+    ) -> Plan:
+        """Choose the tokens; see `shrink_vocabulary`.
+
+        Args:
+            model: folder or hub id.
+            settings: which tokens stay.
+            loading: how the model is found.
+            ask_model: have the model say what it expects, where the settings have it. Without, about as many tokens
+                stay, but others, and no weight is read.
+        """
         settings.require_choice()
-        lookup = lookup_arguments(dict(loading or {}))
+        loading = dict(loading or {})
+        lookup = lookup_arguments(loading)
         if "gguf_file" in lookup:
             raise ValueError(
                 f"{model}: a GGUF file's vocabulary isn't cut; load it with transformers, save it with "
@@ -180,15 +201,21 @@ class Plan:
         extra = _extra_tokens(file, tokenizer.get_vocab(), model)
         rows = int(config.vocab_size)
         needed = {*file.always, *extra.values(), *_ids_in_settings(folder, config), *_ids_of_chat(tokenizer)}
-        counts = _counts(settings, tokenizer)
+        counts, samples = _counts(settings, tokenizer)
         total = sum(counts.values(), Counter())
         wanted = {token for token in total if token < rows}
+        frequency: Mapping[int, float] = total
+        needed = {token for token in needed if token < rows}
+        if ask_model and len(samples):
+            # Refuses a limit that can't be kept, before a weight is read.
+            choose(needed, (), file.needs, limit=settings.max_tokens)
+            frequency = _with_expected(total, _expected(model, config, samples, tokenizer, lookup, loading))
         if settings.scripts is not None:
             characters = Characters(characters_of(settings.scripts))
             wanted |= {token for token in file.pieces if token < rows and characters.make(file.text(token))}
         kept = choose(
-            [token for token in needed if token < rows],
-            sorted(wanted, key=lambda token: (-total[token], token)),
+            needed,
+            sorted(wanted, key=lambda token: (-frequency.get(token, 0), token)),
             file.needs,
             limit=settings.max_tokens,
             multiple=settings.round_to,
@@ -378,16 +405,47 @@ def _defaults(config: Any, written: dict[str, Any]) -> dict[str, Any]:
     return {**{name: known[name] for name in sorted(ids - written.keys())}, **written}
 
 
-def _counts(settings: VocabularySettings, tokenizer: Any) -> dict[str, Counter[int]]:
-    """How often each token is in each text."""
+def _counts(settings: VocabularySettings, tokenizer: Any) -> tuple[dict[str, Counter[int]], Tensor]:
+    """How often each token is in each text, and samples that are spread over all of them, `[samples, length]`."""
     found: dict[str, Counter[int]] = {}
+    samples: list[Tensor] = []
     for source in settings.text or ():
         text, name = read_text(source, settings.text_column)
         count: Counter[int] = Counter()
+        blocks = []
         for piece in _pieces(text):
-            count.update(tokenize(tokenizer, piece).tolist())
+            tokens = tokenize(tokenizer, piece)
+            count.update(tokens.tolist())
+            if settings.samples:
+                blocks.append(_blocks(tokens, settings.samples))
         found[source if name in found else name] = count
-    return found
+        samples += [] if not blocks else [torch.cat(blocks)]
+    # Of each text as many, whatever its length is.
+    each = math.ceil(settings.samples / max(1, len(samples)))
+    chosen = [some[torch.linspace(0, len(some) - 1, min(each, len(some))).long()] for some in samples]
+    return found, torch.cat(chosen) if chosen else torch.empty(0, _LENGTH, dtype=torch.int64)
+
+
+def _blocks(tokens: Tensor, most: int) -> Tensor:
+    """Some blocks of a text's tokens, spread over it, `[most or fewer, length]`."""
+    blocks = tokens[: len(tokens) // _LENGTH * _LENGTH].view(-1, _LENGTH)
+    return blocks[torch.linspace(0, len(blocks) - 1, min(most, len(blocks))).long()]
+
+
+def _expected(
+    model: str, config: Any, samples: Tensor, tokenizer: Any, lookup: dict[str, Any], loading: dict[str, Any]
+) -> Tensor:
+    """How often the model expects each token in the texts, `[tokens]`."""
+    logger.info("%d samples of the texts are read, to see which other tokens the model expects there.", len(samples))
+    start = start_tokens(tokenizer)
+    source = open_source(model, config, find_device(None), lookup, loading)
+    return expected_tokens(source, in_front(start, samples), len(start))
+
+
+def _with_expected(total: Mapping[int, int], expected: Tensor) -> dict[int, float]:
+    """How often each token is to be expected in twice as much text, half of which is there."""
+    tokens = sum(total.values())
+    return {token: total.get(token, 0) + tokens * chance for token, chance in enumerate(expected.tolist())}
 
 
 def _ids_of_chat(tokenizer: Any) -> set[int]:

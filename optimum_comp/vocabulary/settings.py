@@ -9,6 +9,9 @@ from optimum_comp.options import Integer, Subset, Texts, column_option, option, 
 from optimum_comp.vocabulary.scripts import SCRIPTS
 
 
+_SAMPLES = 48
+
+
 @settings_class
 class VocabularySettings:
     """Which tokens stay, beside special tokens and bytes."""
@@ -30,9 +33,17 @@ class VocabularySettings:
     text_column: str | None = column_option()
     max_tokens: int | None = option(
         Integer(1),
-        "Keep so many tokens at most: the most frequent ones of the text, then those with the lowest ids.",
+        "Keep so many tokens at most: those that are most frequent in the text and in what the model expects there.",
         default=None,
         default_text="no limit",
+        metavar="N",
+    )
+    expected: int | None = option(
+        Integer(0),
+        "With max_tokens, scripts and a text: samples of the text, of 256 tokens, in which the model says what "
+        "else it expects; 0: it isn't asked, and of tokens that the text lacks those with the lowest ids stay.",
+        default=None,
+        default_text="48",
         metavar="N",
     )
     round_to: int = option(
@@ -58,6 +69,13 @@ class VocabularySettings:
             )
 
     @property
+    def samples(self) -> int:
+        """Samples that the model reads, to say which tokens of the scripts it expects; 0 where nothing asks for it."""
+        if self.scripts is None or self.text is None or self.max_tokens is None:
+            return 0
+        return _SAMPLES if self.expected is None else self.expected
+
+    @property
     def breaks_words(self) -> bool:
         """Whether tokens of the scripts may go, so that words fall to pieces."""
         return self.scripts is None or self.max_tokens is not None
@@ -65,7 +83,8 @@ class VocabularySettings:
     def chosen_by(self) -> str:
         """What decides which tokens stay, in words."""
         found = [f"scripts {', '.join(self.scripts)}"] if self.scripts else []
-        found += ["frequency in text" if self.max_tokens else "text"] if self.text else []
+        frequency = "frequency in text" + " and in what the model expects there" * (self.samples > 0)
+        found += [frequency if self.max_tokens else "text"] if self.text else []
         return " and ".join(found)
 
     def to_dict(self) -> dict[str, Any]:
