@@ -641,12 +641,12 @@ def test_what_was_trained_is_explained(models, tmp_path):
 
 def test_the_learning_rate_is_a_share_of_the_weights_size(models):
     model = AutoModelForCausalLM.from_pretrained(models / "pruned")
-    rates = [learning_rate(model.model.layers, is_rounded=each) for each in (False, True)]
+    rates = [learning_rate(model.model.layers, is_near=each) for each in (False, True)]
     assert 0 < rates[1] < rates[0] < 0.1
     with torch.no_grad():
         for parameter in model.parameters():
             parameter *= 0.2
-    again = [learning_rate(model.model.layers, is_rounded=each) for each in (False, True)]
+    again = [learning_rate(model.model.layers, is_near=each) for each in (False, True)]
     assert again == pytest.approx([0.2 * each for each in rates], rel=1e-3)
 
 

@@ -20,11 +20,14 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from optimum_comp import CompConfig, CompPruner, VocabularySettings, shrink_vocabulary
+from optimum_comp.checkpoint.opening import open_source
 from optimum_comp.commands.explain import explain
 from optimum_comp.compress import run as run_recipe
 from optimum_comp.evaluation import Settings, evaluate
 from optimum_comp.report.table import evaluation_table
 from optimum_comp.stages.recipe import Recipe
+from optimum_comp.vocabulary import run as vocabulary_run
+from optimum_comp.vocabulary.expected import expected_tokens
 from optimum_comp.vocabulary.numbering import ids_needed, renumbered
 from optimum_comp.vocabulary.scripts import SCRIPTS, characters_of, script_of
 from optimum_comp.vocabulary.selection import BYTE_CHARACTERS, BYTES, Characters, Merges, Needs, choose, content
@@ -473,6 +476,51 @@ def test_a_text_chooses_its_tokens(dense, tmp_path):
         dense["bytes"], tmp_path / "round", VocabularySettings(text=chosen.text, round_to=64), overwrite=True
     )
     assert rounded.tokens_after == -(-found.tokens_after // 64) * 64
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_what_a_model_expects_is_the_mean_of_its_predictions(family, tmp_path):
+    folder = write_dense(tmp_path / "dense", family=family)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.randint(model.config.vocab_size, (3, 7))
+    source = open_source(str(folder), model.config, torch.device("cpu"), {}, {})
+    for begun in (0, 1, 2):
+        found = expected_tokens(source, ids, begun)
+        wanted = torch.softmax(model(ids).logits[:, max(0, begun - 1) :].double(), -1).mean((0, 1))
+        assert torch.allclose(found, wanted, atol=1e-6) and float(found.sum()) == pytest.approx(1)
+
+
+def test_of_tokens_that_the_text_lacks_those_stay_that_the_model_expects(dense, tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("nobody sat on the mat\n" * 100)
+    given = {"scripts": ["ascii"], "text": [str(tmp_path / "text.txt")], "max_tokens": 295}
+    rows = json.loads((dense["bytes"] / "config.json").read_text())["vocab_size"]
+    by_ids = shrink_vocabulary(dense["bytes"], tmp_path / "ids", VocabularySettings(**given, expected=0))
+    everything = vocabulary_run.Plan.of(str(dense["bytes"]), VocabularySettings(scripts=["ascii"]))
+    longest = max(set(everything.kept) - set(kept_of(tmp_path / "ids")))
+    assert "expects" not in by_ids.chosen_by
+    seen = []
+
+    def expects(source, samples, given=0):
+        seen.append((samples.shape, samples[:, 0].unique().numel(), given))
+        chances = torch.zeros(rows, dtype=torch.float64)
+        chances[longest] = 1.0
+        return chances
+
+    monkeypatch.setattr(vocabulary_run, "expected_tokens", expects)
+    plan = vocabulary_run.Plan.of(str(dense["bytes"]), VocabularySettings(**given), ask_model=False)
+    assert not seen and len(plan.kept) == len(kept_of(tmp_path / "ids"))
+    found = shrink_vocabulary(dense["bytes"], tmp_path / "expected", VocabularySettings(**given, expected=2))
+    assert seen == [((2, 256), 1, 1)]
+    assert found.chosen_by == "scripts ascii and frequency in text and in what the model expects there"
+    # With all that it is merged from, and in the place of others.
+    assert longest in kept_of(tmp_path / "expected") and found.tokens_after == by_ids.tokens_after
+    with pytest.raises(ValueError, match="max_tokens=20 is not valid"):
+        shrink_vocabulary(dense["bytes"], tmp_path / "none", VocabularySettings(**{**given, "max_tokens": 20}))
+    assert len(seen) == 1
+    # Where nothing beyond the text's tokens stays, or all that the scripts have does, nobody is asked.
+    for fewer in ({"text": given["text"], "max_tokens": 295}, {"scripts": ["ascii"], "text": given["text"]}):
+        vocabulary_run.Plan.of(str(dense["bytes"]), VocabularySettings(**fewer))
+    assert len(seen) == 1
 
 
 def test_what_a_chat_template_says_stays(dense, tmp_path):

@@ -82,7 +82,7 @@ _RUN, _BEFORE, _WRITTEN = "run.json", "before.json", "written.safetensors"
 _MOST_STEPS = 10**7
 _OF_THE_RUN = ("time", "steps", "device", "matmul_dtype")
 """Settings that may be others where a run is gone on with."""
-_RELATIVE, _RELATIVE_ROUNDED = 1.6e-3, 5.3e-4
+_RELATIVE, _RELATIVE_NEAR = 1.6e-3, 5.3e-4
 """Largest learning rate, relative to the root mean square of the middle one of all weight matrices; measured on
 SmolLM2-135M."""
 _TEMPERATURE = 0.7
@@ -457,7 +457,9 @@ class _Run:
             round_while_training(student.eval(), family, settings.rounding, looked_at)
         set_seed(settings.seed)
         dead = dead_units(family, student)
-        rate = settings.learning_rate or learning_rate(layers, is_rounded=settings.rounding is not None)
+        # Nothing was pruned, so that the student is the teacher but for its tokens.
+        is_whole = translation is not None and _size(layers) == _size(family.get_layers(teacher))
+        rate = settings.learning_rate or learning_rate(layers, is_near=is_whole or settings.rounding is not None)
         if rank:
             student = _with_lora(student, rank)
         trained = sum(each.numel() for each in student.parameters() if each.requires_grad)
@@ -661,7 +663,11 @@ def _read_again(tokens: Tensor, own: Any, other: Any) -> Tensor:
     return torch.cat([tokenize(other, text) for text in texts])
 
 
-def learning_rate(layers: Iterable[nn.Module], *, is_rounded: bool) -> float:
+def _size(layers: Iterable[nn.Module]) -> int:
+    return sum(each.numel() for layer in layers for each in layer.parameters())
+
+
+def learning_rate(layers: Iterable[nn.Module], *, is_near: bool) -> float:
     """The largest learning rate: a share of the weights' own size, since AdamW's steps are of one size for all.
 
     A model whose weights are a fifth as large needs steps a fifth as large, most of all where they are rounded to a
@@ -669,7 +675,7 @@ def learning_rate(layers: Iterable[nn.Module], *, is_rounded: bool) -> float:
 
     Args:
         layers: decoder layers.
-        is_rounded: weights are rounded, and near the teacher's already.
+        is_near: weights are near the teacher's already: rounded ones, and those of which nothing was pruned.
     """
     sizes = [
         float(each.detach().square().mean().sqrt())
@@ -677,7 +683,7 @@ def learning_rate(layers: Iterable[nn.Module], *, is_rounded: bool) -> float:
         for each in layer.parameters()
         if each.dim() == 2
     ]
-    return (_RELATIVE_ROUNDED if is_rounded else _RELATIVE) * sorted(sizes)[len(sizes) // 2]
+    return (_RELATIVE_NEAR if is_near else _RELATIVE) * sorted(sizes)[len(sizes) // 2]
 
 
 def _products(settings: DistilSettings, device: torch.device) -> torch.dtype:

@@ -60,7 +60,8 @@ class DistilSettings:
         Number("(0, 1]"),
         "Largest learning rate of AdamW.",
         default=None,
-        default_text="by the size of the weights: of SmolLM2-135M 3e-4, with rounding 1e-4",
+        default_text="by the size of the weights: of SmolLM2-135M 3e-4, with rounding, or where nothing is "
+        "pruned, 1e-4",
     )
     batch_size: int = option(Integer(1), "Samples of each step.", default=4)
     sequence_length: int = option(Integer(2), "Tokens of each sample, start tokens included.", default=256)

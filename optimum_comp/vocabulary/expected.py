@@ -37,7 +37,8 @@ def expected_tokens(source: ModelSource, samples: Tensor, given: int = 0) -> Ten
     found = torch.zeros(int(source.model.config.vocab_size), dtype=torch.float64)
     step, first = runner.positions_at_a_time, max(0, given - 1)
     with source.outside(head=True):
-        for sample, states in zip(samples.split(1), reader.states, strict=True):
+        pairs = list(zip(samples.split(1), reader.states, strict=True))
+        for sample, states in tqdm(pairs, desc="Predicting", unit="sample", disable=progress_disabled()):
             for start in range(first, samples.shape[1], step):
                 part = slice(start, start + step)
                 logits = runner.logits(sample[:, part], states[:, part])
