@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from optimum_comp.calibration.text import PYDOC, CalibrationSource, require_text
+from optimum_comp.calibration.mix import sources_in
+from optimum_comp.calibration.text import PYDOC, SELF, CalibrationSource, require_text
 from optimum_comp.chain_memory import ModelSizes, NotEnoughMemoryError
 from optimum_comp.configuration import CompConfig
 from optimum_comp.distillation.settings import DistilSettings
@@ -26,10 +27,22 @@ from optimum_comp.files import FRONTIER, durably, hold
 from optimum_comp.onnx.recipes import FOUR, RECIPES, Format
 from optimum_comp.onnx.runtime import require_onnxruntime
 from optimum_comp.onnx.search import BudgetError
-from optimum_comp.options import Boolean, Duration, Number, Share, Shares, Size, Subset, Texts, option, settings_class
+from optimum_comp.options import (
+    Boolean,
+    Duration,
+    Integer,
+    Number,
+    Share,
+    Shares,
+    Size,
+    Subset,
+    Texts,
+    option,
+    settings_class,
+)
 from optimum_comp.report.plots import pareto_front
 from optimum_comp.report.table import markdown_table
-from optimum_comp.stages.base import Artifact, Stage, digest, source_identity
+from optimum_comp.stages.base import Artifact, Stage, digest, source_identity, written_source
 from optimum_comp.stages.chain import Chain, check_output, warn_of_known_text
 from optimum_comp.stages.distil import Distil
 from optimum_comp.stages.export import Export, ExportSettings
@@ -72,6 +85,13 @@ class FrontierSettings:
         default=None,
         metavar="SCRIPT,...",
     )
+    vocabulary_tokens: int | None = option(
+        Integer(1),
+        "Try all of it once more with at most so many of these tokens: those that are most frequent in the text that "
+        "calibrates and in what the model expects there (see comp vocabulary).",
+        default=None,
+        metavar="N",
+    )
     distil: bool = option(
         Boolean(), "Try each with every weight in 4 bits, the embedding's too, and trained for that.", default=True
     )
@@ -102,6 +122,13 @@ class FrontierSettings:
         Duration(), "Begin nothing that would end after this time, like 30min.", default=None, metavar="TIME"
     )
 
+    def _require(self) -> None:
+        if self.vocabulary_tokens is not None and not self.vocabulary:
+            raise ValueError(
+                f"vocabulary_tokens={self.vocabulary_tokens} says how many of which tokens: name their scripts, too "
+                "(vocabulary, like ascii)."
+            )
+
     @property
     def asks_for_more_than_size(self) -> bool:
         """Whether a smaller model than fits may be wanted: a faster one, or the smallest of a quality."""
@@ -121,17 +148,20 @@ class Candidate:
         sparsity: share of the decoder-layer parameters that is pruned; 0 for none.
         weights: `float32`, `int8`, `int4`, `mixed` or, trained for it, `int4-small`.
         scripts: whose tokens are kept; nothing for all tokens.
+        tokens: how many of them at most; 0 for no limit.
     """
 
     sparsity: float
     weights: str
     scripts: tuple[str, ...] = ()
+    tokens: int = 0
 
     @property
     def name(self) -> str:
         """In words."""
         pruned = f"pruned {100 * self.sparsity:.4g}%" if self.sparsity else "dense"
         tokens = f", {' and '.join(self.scripts)} only" if self.scripts else ""
+        tokens += f", {self.tokens:,} tokens" if self.tokens else ""
         return f"{pruned}{tokens}, {self.weights}" + ", trained" * (self.weights == TRAINED)
 
     def pruned(self, sparsity: float) -> Candidate:
@@ -142,7 +172,7 @@ class Candidate:
     def folder(self) -> str:
         """Name of the folder that it shares with others of its sparsity and vocabulary."""
         pruned = f"pruned-{self.sparsity:g}" if self.sparsity else "dense"
-        return "-".join([pruned, *self.scripts])
+        return "-".join([pruned, *self.scripts, *([str(self.tokens)] if self.tokens else [])])
 
 
 @dataclass
@@ -499,9 +529,9 @@ class _Walk:
         """Every way to store a model of which so much is pruned."""
         weights = ["int8", "int4"]
         weights += [MIXED] * (self.settings.max_size is not None) + [TRAINED] * self.settings.distil
-        scripts = tuple(self.settings.vocabulary or ())
-        for kept in ((), scripts) if scripts else ((),):
-            yield from (Candidate(sparsity, each, kept) for each in weights)
+        scripts, tokens = tuple(self.settings.vocabulary or ()), self.settings.vocabulary_tokens or 0
+        kept = [((), 0), *[(scripts, 0)] * bool(scripts), *[(scripts, tokens)] * bool(tokens)]
+        yield from (Candidate(sparsity, each, *vocabulary) for vocabulary in kept for each in weights)
 
     def _sparsities(self) -> list[float]:
         """How much is pruned: what is asked for, or of each way to store weights the least with which a size fits.
@@ -568,7 +598,12 @@ class _Walk:
         config, stages = self.config, list[Stage]()
         samples = None
         if candidate.scripts:
-            stages.append(Vocabulary(VocabularySettings(scripts=list(candidate.scripts))))
+            chosen: dict[str, Any] = {}
+            if candidate.tokens:
+                text = [each for each in sources_in(written_source(self.calibration)) if each != SELF]
+                chosen = {"text": text or [PYDOC], "max_tokens": candidate.tokens}
+                chosen["text_column"] = self.running.text_column
+            stages.append(Vocabulary(VocabularySettings(scripts=list(candidate.scripts), **chosen)))
         if candidate.sparsity:
             fields = {**config.fields(), "sparsity": candidate.sparsity}
             # One model for all precisions: what evens out activations for 8 bits costs 4 bits some quality.

@@ -169,7 +169,12 @@ def test_fewer_tokens_are_a_candidate_and_compared_by_bytes(made, tmp_path):
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
     asked = FrontierSettings(
-        sparsities=[], text=[str(made / "dog.txt")], vocabulary=["ascii"], distil=False, time="10min"
+        sparsities=[],
+        text=[str(made / "dog.txt")],
+        vocabulary=["ascii"],
+        vocabulary_tokens=270,
+        distil=False,
+        time="10min",
     )
     found = find_frontier(
         folder, tmp_path / "out", asked, config=CONFIG, calibration=str(made / "cat.txt"), measuring=MEASURING
@@ -181,6 +186,12 @@ def test_fewer_tokens_are_a_candidate_and_compared_by_bytes(made, tmp_path):
     # Perplexities of two vocabularies aren't comparable; bits of the same bytes are.
     assert abs(fewer.increases[0] - whole.increases[0]) < 0.5
     assert points["dense, ascii only, int4"].folder.parent.name == "dense-ascii"
+    few = points["dense, ascii only, 270 tokens, int8"]
+    assert few.evaluations[0].vocabulary == 270 and few.folder.parent.name == "dense-ascii-270"
+    told = json.loads((few.folder.parent / "vocabulary" / "comp_vocabulary.json").read_text())
+    assert told["settings"]["text"] == [str(made / "cat.txt")] and told["texts"]["cat.txt"]["kept"] < 1
+    with pytest.raises(ValueError, match="name their scripts, too"):
+        FrontierSettings(vocabulary_tokens=270)
     # What can't be made smaller is said by name, before anything is made.
     with pytest.raises(ValueError, match="WordLevel"):
         walk(made, tmp_path / "other", vocabulary=["ascii"])
