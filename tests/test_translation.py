@@ -22,6 +22,7 @@ from optimum_comp.distillation.run import distil
 from optimum_comp.distillation.settings import DistilSettings
 from optimum_comp.distillation.translation import Translation, put_into
 from optimum_comp.stages.recipe import Recipe
+from optimum_comp.stages.vocabulary import Vocabulary
 
 
 SMALL = {"sequence_length": 32, "learning_rate": 0.003, "matmul_dtype": "float32"}
@@ -256,3 +257,13 @@ def test_the_command_says_what_is_lacking(both, tmp_path):
         *("--sequence-length", 32, tmp_path / "out"),
     )
     assert "The student lacks" in result.stderr and (tmp_path / "out" / "comp_distil.json").is_file()
+
+
+def test_a_vocabulary_that_was_made_without_the_model_is_taken_up(both):
+    given = {"scripts": ["ascii"], "text": [str(both["text"])], "max_tokens": 290}
+    before, none, asked = (
+        Vocabulary(VocabularySettings(**given, **more)).identity(None)
+        for more in ({}, {"expected": 0}, {"expected": 48})
+    )
+    assert before == asked == {**none, "expected": 48} and "expected" not in none
+    assert "expected" not in Vocabulary(VocabularySettings(scripts=["ascii"])).identity(None)

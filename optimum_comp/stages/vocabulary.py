@@ -52,7 +52,7 @@ class Vocabulary(Stage):
         """See `Stage`."""
         text, samples = self.settings.text, self.settings.samples
         return {
-            **self.settings.to_dict(),
+            **{name: value for name, value in self.settings.to_dict().items() if name != "expected"},
             **({"expected": samples} if samples else {}),
             "text": None if text is None else sorted(str(source_identity(each)) for each in text),
         }
