@@ -129,6 +129,10 @@ def test_words_are_put_where_they_fit():
     likely[0, 3, 1] = likely[1, 0, 0] = -1.0
     found = put_into(ids, words, likely, 1, torch.Generator().manual_seed(0))
     assert found.tolist() == [[0, 0, 0, 0, 8, 0], [0, 7, 0, 0, 0, 0]] and not ids.any()
+    # Nowhere that they don't.
+    again = put_into(ids, words, likely, 5, torch.Generator().manual_seed(0), 0.01)
+    assert torch.equal(again, found)
+    assert not put_into(ids, words, likely - 10, 5, torch.Generator(), 0.01).any()
     # As often as they are likely, of places and of words.
     likely = torch.log(torch.tensor([[0.1, 0.2], [0.3, 0.4]])).expand(20_000, 2, 2)
     found = put_into(torch.zeros(20_000, 3, dtype=torch.int64), words, likely, 1, torch.Generator().manual_seed(0))

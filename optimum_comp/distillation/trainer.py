@@ -35,8 +35,9 @@ _EVALUATIONS = 5
 _PATIENCE, _WORSE = 2, 1.5
 """Evaluations in one run, and how many that are so much worse than the best one end it. A little worse they may well
 be while the learning rate is high."""
-_MISSING = 1 / 16
-"""Share of the tokens in whose places words are put that the student lacks."""
+_MISSING, _LEAST = 1 / 16, 1 / 500
+"""Share of the tokens, at most, in whose places words are put that the student lacks, and how likely one has to be
+there: a vocabulary that lacks other scripts alone lacks next to nothing of a text, and no such word fits anywhere."""
 _SPENT, _BEGUN = "spent_seconds", "begun_seconds"
 
 
@@ -206,7 +207,7 @@ class Distiller(Trainer):
         of_broken = logits[..., columns.to(ids.device)] - logits.logsumexp(-1, keepdim=True)
         # The same in a run that is gone on with; other samples of a step have other tokens.
         generator = torch.Generator().manual_seed(1_000_003 * step + int(ids.sum()) % 1_000_003)
-        return put_into(ids, broken, of_broken.cpu(), max(1, round(_MISSING * ids.shape[1])), generator)
+        return put_into(ids, broken, of_broken.cpu(), max(1, round(_MISSING * ids.shape[1])), generator, _LEAST)
 
     def _divergence_in_pieces(
         self, model: Any, ids: Tensor, translation: Translation, tokens: Tensor | None, labels: float

@@ -138,7 +138,9 @@ class Translation:
         return self._flat[self._starts[tokens]]
 
 
-def put_into(ids: Tensor, words: Tensor, likely: Tensor, count: int, generator: torch.Generator) -> Tensor:
+def put_into(
+    ids: Tensor, words: Tensor, likely: Tensor, count: int, generator: torch.Generator, least: float = 0.0
+) -> Tensor:
     """Samples with some tokens replaced by words that could stand there as well.
 
     Places are drawn without repetition, each by how likely one of the words is there, and then a word for each.
@@ -147,8 +149,9 @@ def put_into(ids: Tensor, words: Tensor, likely: Tensor, count: int, generator: 
         ids: `[samples, length]`.
         words: ids of the words, `[words]`.
         likely: log-probability of each word in the place of each token but the first, `[samples, length - 1, words]`.
-        count: places of a sample.
+        count: places of a sample, at most.
         generator: of what is drawn, on the processor.
+        least: how likely all words together have to be in a place; elsewhere the token stays.
     """
     together = likely.logsumexp(-1)
     # The largest of log-weights with Gumbel noise are drawn by these weights (arXiv 1903.06059).
@@ -157,8 +160,9 @@ def put_into(ids: Tensor, words: Tensor, likely: Tensor, count: int, generator: 
     rows = torch.arange(len(ids))[:, None].expand_as(places)
     chances = torch.softmax(likely[rows, places], -1).flatten(0, 1)
     drawn = words[torch.multinomial(chances, 1, generator=generator).view_as(places)]
+    fits = (together[rows, places].exp() >= least).to(ids.device)
     found = ids.clone()
-    found[rows, places + 1] = drawn.to(ids.device)
+    found[rows, places + 1] = torch.where(fits, drawn.to(ids.device), ids[rows, places + 1])
     return found
 
 
