@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -133,8 +134,13 @@ def test_a_failure_in_this_process_keeps_what_was_finished(step, kind, made, und
         # Undone at the end of the block, whatever `break_at` puts in its place.
         patch.setattr(f"{holder}.{attribute}", _found(holder, attribute))
         breaking.break_at(step, kind)
-        with pytest.raises(errors[kind]) as failed:
-            run_recipe(Recipe.from_dict(data), output)
+        # Tests that a shell runs in the background ignore it.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            with pytest.raises(errors[kind]) as failed:
+                run_recipe(Recipe.from_dict(data), output)
+        finally:
+            signal.signal(signal.SIGINT, before)
     assert f"optimum-cli comp compress --resume {output}" in str(failed.value)
     times = require_kept(output, step, undisturbed)
     assert all(
