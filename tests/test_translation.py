@@ -159,10 +159,11 @@ def test_a_student_learns_to_read_words_in_pieces(kind, is_part, both, tmp_path,
         monkeypatch.setattr("optimum_comp.distillation.candidates._DRAWN", 10)
         monkeypatch.setattr("optimum_comp.distillation.candidates._MOST", 1.0)
     teacher, student = both[kind]
-    chosen = DistilSettings(text=[str(both["text"])], steps=30, labels=0.0, **SMALL)
+    # Of the last kind, whose trainer doesn't learn the same twice, the English text has no word that is lacking.
+    (tmp_path / "text.txt").write_text(OTHERS if kind == "unigram" else ENGLISH)
+    chosen = DistilSettings(text=[str(tmp_path / "text.txt")], steps=30, labels=0.0, **SMALL)
     found = distil(student, teacher, tmp_path / "out", chosen)
-    # Of the last kind, the text has no word that the student lacks.
-    assert found.after["text.txt"] < (1 if kind == "unigram" else 0.95) * found.before["text.txt"]
+    assert found.after["text.txt"] < 0.95 * found.before["text.txt"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     ids = tokenizer(ENGLISH[:100], return_tensors="pt").input_ids
