@@ -16,7 +16,7 @@ from torch import Tensor
 from optimum_comp.checkpoint.source import ModelSource
 from optimum_comp.configuration import require_begin
 from optimum_comp.core.layer_scores import next_token_loss
-from optimum_comp.sweep.loop import Reader, sweep
+from optimum_comp.sweep.loop import read_through
 from optimum_comp.sweep.runner import LayerRunner
 from optimum_comp.utils import get_logger
 
@@ -179,14 +179,10 @@ def losses_of_source(source: ModelSource) -> Losses:
     @torch.no_grad()
     def losses(samples: list[Tensor], spans: list[Span]) -> list[float]:
         samples = [sample.to(source.device) for sample in samples]
-        runner = LayerRunner(source, samples[0], source.compute_dtype)
-        with source.outside():
-            states = [runner.embed(sample) for sample in samples]
-        reader = Reader(runner, states)
-        sweep(source, range(len(source.layers)), reader)
+        runner, states = read_through(source, samples)
         found = []
         with source.outside(head=True):
-            for sample, each, span in zip(samples, reader.states, spans, strict=True):
+            for sample, each, span in zip(samples, states, spans, strict=True):
                 found.append(_head_loss(runner, sample, each, span))
         return found
 

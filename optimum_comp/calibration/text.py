@@ -270,6 +270,11 @@ def source_name(source: Any) -> str:
     return "texts"
 
 
+def evenly(samples: Tensor, count: int) -> Tensor:
+    """So many of some samples `[samples, length]`, evenly spread over them in their order; all, if there are fewer."""
+    return samples[torch.linspace(0, len(samples) - 1, min(count, len(samples))).long()]
+
+
 def tokenize(tokenizer: Any, text: str) -> Tensor:
     """Token ids of a text without special tokens, `[n]`."""
     return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from optimum_comp.beginning import Beginning, decide, losses_of_model, start_tokens
 from optimum_comp.calibration.mix import Part
 from optimum_comp.calibration.self_written import write_self
-from optimum_comp.calibration.text import SELF, tokenize
+from optimum_comp.calibration.text import SELF, evenly, tokenize
 from optimum_comp.chain_memory import DISTIL, require_memory
 from optimum_comp.checkpoint.opening import GENERATION_CONFIG, find_device, open_config, trusted
 from optimum_comp.checkpoint.reader import resolve_folder
-from optimum_comp.checkpoint.source import empty_model, multiplies_bfloat16
+from optimum_comp.checkpoint.source import ResidentModel, empty_model, multiplies_bfloat16
 from optimum_comp.checkpoint.tokenizer import TOKENIZER_FILES, open_tokenizer
 from optimum_comp.checkpoint.writer import copy_side_cars, write_portable_config
 from optimum_comp.distillation.candidates import Candidates
@@ -71,6 +71,7 @@ from optimum_comp.utils import (
     release_free_memory,
     shown,
 )
+from optimum_comp.vocabulary.expected import expected_tokens
 
 
 logger = get_logger(__name__)
@@ -233,12 +234,7 @@ class _Run:
         tokenizer = open_tokenizer(self.model)
         parts = sources_of(self.settings.text)
         rank = self._plan(parts)
-        translation = self._translation(tokenizer)
-        if translation is not None:
-            # Texts are read, and written, as the teacher does.
-            own, tokenizer = tokenizer, self._teacher_tokenizer()
-            self.known = {name: _read_again(tokens, own, tokenizer) for name, tokens in self.known.items()}
-            self.written = None if self.written is None else _read_again(self.written, own, tokenizer)
+        tokenizer, translation = self._reading(tokenizer)
         # Of files, now: what is wrong with them is known before a model is loaded.
         known = dict(self.known)
         for part in parts:
@@ -395,18 +391,24 @@ class _Run:
         )
         return rank
 
-    def _teacher_tokenizer(self) -> Any:
-        return open_tokenizer(self.teacher, lookup_arguments(self.teacher_arguments))
+    def _reading(self, own: Any) -> tuple[Any, Translation | None]:
+        """The tokenizer that texts are read and written with, and what its tokens are to the student.
 
-    def _translation(self, tokenizer: Any) -> Translation | None:
-        """What the teacher's tokens are to a student that has fewer; `None` if it has as many.
+        A teacher of more tokens than the student has reads as it is used to, and text that is tokens already is read
+        anew; else there is nothing to translate.
 
         Raises:
             ValueError: the student's vocabulary isn't a part of the teacher's.
         """
-        tokens = open_config(self.model, {}).vocab_size
-        rows = open_config(self.teacher, lookup_arguments(self.teacher_arguments)).vocab_size
-        return None if tokens == rows else Translation.between(self._teacher_tokenizer(), tokenizer, rows, tokens)
+        lookup = lookup_arguments(self.teacher_arguments)
+        tokens, rows = open_config(self.model, {}).vocab_size, open_config(self.teacher, lookup).vocab_size
+        if tokens == rows:
+            return own, None
+        theirs = open_tokenizer(self.teacher, lookup)
+        translation = Translation.between(theirs, own, rows, tokens)
+        self.known = {name: _read_again(each, own, theirs) for name, each in self.known.items()}
+        self.written = None if self.written is None else _read_again(self.written, own, theirs)
+        return theirs, translation
 
     def _train(
         self,
@@ -468,7 +470,9 @@ class _Run:
         vocabulary = student.config.vocab_size
         seen, broken = [text.train for text in texts], None
         if translation is not None:
-            broken = translation.likeliest(_expected(teacher, seen), seen, _MISSING)
+            # The student's family is the teacher's, too.
+            expected = expected_tokens(ResidentModel(teacher, family), _spread(seen, _EXPECTED_SAMPLES))
+            broken = translation.likeliest(expected, seen, _MISSING)
             logger.info(
                 "The student lacks %s of the teacher's tokens, and reads these words in pieces; it is trained "
                 "on the %s that are likeliest.",
@@ -646,16 +650,6 @@ class _Run:
             (folder / DISTILLATION).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 
-@torch.no_grad()
-def _expected(teacher: Any, texts: Sequence[Tensor]) -> Tensor:
-    """How likely each token is on average, as the teacher sees texts, `[tokens]`."""
-    found = torch.zeros(teacher.config.vocab_size, dtype=torch.float64)
-    for sample in _spread(texts, _EXPECTED_SAMPLES):
-        logits = teacher(input_ids=sample[None].to(teacher.device), use_cache=False).logits
-        found += torch.softmax(logits[0].float(), -1).sum(0, dtype=torch.float64).cpu()
-    return found
-
-
 def _read_again(tokens: Tensor, own: Any, other: Any) -> Tensor:
     """Tokens of one tokenizer as another reads their text, `[n]`."""
     rows = tokens if tokens.dim() > 1 else tokens[None]
@@ -705,7 +699,7 @@ def _narrow_factors(teacher: nn.Module, dtype: torch.dtype) -> None:
 def _spread(texts: Sequence[Tensor], count: int) -> Tensor:
     """Samples spread over all texts, `[about count, length]`."""
     each = -(-count // len(texts))
-    return torch.cat([text[torch.linspace(0, len(text) - 1, min(each, len(text))).long()] for text in texts])
+    return torch.cat([evenly(text, each) for text in texts])
 
 
 def _with_lora(student: Any, rank: int) -> Any:

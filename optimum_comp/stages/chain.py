@@ -248,7 +248,11 @@ class Chain:
     @property
     def base_loading(self) -> dict[str, Any]:
         """How it is loaded, under the names of `from_pretrained`."""
-        if self.base.name == DENSE:
+        return self.loading_of(self.base)
+
+    def loading_of(self, artifact: Artifact) -> dict[str, Any]:
+        """How a checkpoint of the chain is loaded, under the names of `from_pretrained`."""
+        if artifact.name == DENSE:
             return self.loading
         # It lies here, as safetensors.
         return {name: value for name, value in self.loading.items() if name in ("dtype", "trust_remote_code")}

@@ -165,17 +165,12 @@ class Distil(Stage):
         if chain.prunes and self.teacher is None and any(part.source == SELF for part in sources_of(text)):
             samples = chain.samples()
             written = None if samples.written is None else samples.without_beginning()[samples.written]
-        teacher, loading = self.teacher, {}
-        if teacher is None and chain.teacher.name == DENSE:
-            teacher, loading = chain.model, chain.loading
-        elif teacher is None:
-            teacher, loading = chain.base_model, chain.base_loading
         found = distil(
             chain.local(source),
-            teacher,
+            chain.teacher.place if self.teacher is None else self.teacher,
             target,
             dataclasses.replace(self.settings, text=text),
-            teacher_arguments=loading,
+            teacher_arguments=chain.loading_of(chain.teacher) if self.teacher is None else {},
             known=known,
             written=written,
             max_memory=chain.max_memory,

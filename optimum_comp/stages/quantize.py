@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from optimum_comp.beginning import Beginning, decide, losses_of_model
-from optimum_comp.calibration.text import PYDOC, is_self, prepare_calibration
+from optimum_comp.calibration.text import PYDOC, evenly, is_self, prepare_calibration
 from optimum_comp.chain_memory import QUANTIZE, SEARCH, Load, predict_peak
 from optimum_comp.checkpoint.opening import trusted
 from optimum_comp.checkpoint.tokenizer import open_tokenizer
@@ -206,7 +206,7 @@ class Quantize(Stage):
 
 def spread_out(samples: Tensor) -> Tensor:
     """As many as quantization looks at, from all over the text, in whose order they may lie."""
-    return samples[torch.linspace(0, len(samples) - 1, min(SAMPLES, len(samples))).long()]
+    return evenly(samples, SAMPLES)
 
 
 def least_bytes(parameters: int, form: Format = FOUR) -> int:

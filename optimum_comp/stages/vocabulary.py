@@ -87,12 +87,10 @@ class Vocabulary(Stage):
 
     def run(self, source: Artifact, target: Path, chain: Any, record: Mapping[str, Any]) -> dict[str, Any]:
         """See `Stage`."""
-        plan = self._plan(chain)
+        from optimum_comp.vocabulary.run import Plan
+
+        plan = Plan.of(chain.model, self.settings, chain.loading) if self.settings.samples else self._plan(chain)
         # Its memory is wanted by what follows.
         self._planned = None
-        if self.settings.samples:
-            from optimum_comp.vocabulary.run import Plan
-
-            plan = Plan.of(chain.model, self.settings, chain.loading)
         shrunk = plan.write(target, overwrite=True, record=record)
         return {**shrunk.to_dict(), "output": target.name}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -47,27 +47,40 @@ def sweep(
         visitor.leave(index)
 
 
-class Reader:
-    """Takes a few samples' hidden states, which stay in memory, through dense layers.
-
-    Args:
-        runner: runs them.
-        states: what enters the first layer, `[batch, length, hidden]` each.
-
-    Attributes:
-        states: what has left the last one that was visited.
-    """
+class _Reader:
+    """Takes a few samples' hidden states, which stay in memory, through dense layers."""
 
     def __init__(self, runner: LayerRunner, states: list[Tensor]):
         self.states = states
         self._runner = runner
 
     def visit(self, index: int, layer: nn.Module) -> None:
-        """See `Visitor`."""
         self.states = [self._runner.run(index, each) for each in self.states]
 
     def leave(self, index: int) -> None:
         """Nothing is left to do."""
+
+
+def read_through(
+    source: ModelSource, samples: Sequence[Tensor], indices: Iterable[int] | None = None
+) -> tuple[LayerRunner, list[Tensor]]:
+    """Have a dense model read a few samples, each layer being at hand once for all of them.
+
+    In the dtype that the source computes in, so that no processor finds otherwise than another.
+
+    Args:
+        source: the model.
+        samples: of one length, `[batch, length]` each.
+        indices: of all its layers in order, for somebody who shows how far it is.
+
+    Returns:
+        What makes logits of hidden states, and the states behind the last layer, `[batch, length, hidden]` each.
+    """
+    runner = LayerRunner(source, samples[0], source.compute_dtype)
+    with source.outside():
+        reader = _Reader(runner, [runner.embed(sample) for sample in samples])
+    sweep(source, range(len(source.layers)) if indices is None else indices, reader)
+    return runner, reader.states
 
 
 class Through:

@@ -7,8 +7,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from optimum_comp.checkpoint.source import ModelSource
-from optimum_comp.sweep.loop import Reader, sweep
-from optimum_comp.sweep.runner import LayerRunner
+from optimum_comp.sweep.loop import read_through
 from optimum_comp.utils import progress_disabled
 
 
@@ -28,16 +27,14 @@ def expected_tokens(source: ModelSource, samples: Tensor, given: int = 0) -> Ten
     Returns:
         `[vocabulary]`, float64, with sum 1.
     """
-    samples = samples.to(source.device)
-    runner = LayerRunner(source, samples[:1], source.compute_dtype)
-    with source.outside():
-        reader = Reader(runner, [runner.embed(sample) for sample in samples.split(1)])
+    each = samples.to(source.device).split(1)
     layers = range(len(source.layers))
-    sweep(source, tqdm(layers, desc="Reading", unit="layer", disable=progress_disabled()), reader)
+    shown = tqdm(layers, desc="Reading", unit="layer", disable=progress_disabled())
+    runner, states_of = read_through(source, each, shown)
     found = torch.zeros(int(source.model.config.vocab_size), dtype=torch.float64)
     step, first = runner.positions_at_a_time, max(0, given - 1)
     with source.outside(head=True):
-        pairs = list(zip(samples.split(1), reader.states, strict=True))
+        pairs = list(zip(each, states_of, strict=True))
         for sample, states in tqdm(pairs, desc="Predicting", unit="sample", disable=progress_disabled()):
             for start in range(first, samples.shape[1], step):
                 part = slice(start, start + step)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from optimum_comp.beginning import in_front, start_tokens
-from optimum_comp.calibration.text import read_beginning, read_text, tokenize
+from optimum_comp.calibration.text import evenly, read_beginning, read_text, tokenize
 from optimum_comp.checkpoint.opening import CONFIG, GENERATION_CONFIG, find_device, open_config, open_source
 from optimum_comp.checkpoint.parts import join_parts, write_part
 from optimum_comp.checkpoint.reader import MODEL_FILES, Checkpoint, require_safetensors, resolve_folder, weight_files
@@ -417,19 +417,15 @@ def _counts(settings: VocabularySettings, tokenizer: Any) -> tuple[dict[str, Cou
             tokens = tokenize(tokenizer, piece)
             count.update(tokens.tolist())
             if settings.samples:
-                blocks.append(_blocks(tokens, settings.samples))
+                whole = tokens[: len(tokens) // _LENGTH * _LENGTH].view(-1, _LENGTH)
+                blocks.append(evenly(whole, settings.samples))
         found[source if name in found else name] = count
-        samples += [] if not blocks else [torch.cat(blocks)]
+        if blocks:
+            samples.append(torch.cat(blocks))
     # Of each text as many, whatever its length is.
     each = math.ceil(settings.samples / max(1, len(samples)))
-    chosen = [some[torch.linspace(0, len(some) - 1, min(each, len(some))).long()] for some in samples]
+    chosen = [evenly(some, each) for some in samples]
     return found, torch.cat(chosen) if chosen else torch.empty(0, _LENGTH, dtype=torch.int64)
-
-
-def _blocks(tokens: Tensor, most: int) -> Tensor:
-    """Some blocks of a text's tokens, spread over it, `[most or fewer, length]`."""
-    blocks = tokens[: len(tokens) // _LENGTH * _LENGTH].view(-1, _LENGTH)
-    return blocks[torch.linspace(0, len(blocks) - 1, min(most, len(blocks))).long()]
 
 
 def _expected(

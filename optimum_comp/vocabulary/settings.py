@@ -43,7 +43,7 @@ class VocabularySettings:
         "With max_tokens, scripts and a text: samples of the text, of 256 tokens, in which the model says what "
         "else it expects; 0: it isn't asked, and of tokens that the text lacks those with the lowest ids stay.",
         default=None,
-        default_text="48",
+        default_text=str(_SAMPLES),
         metavar="N",
     )
     round_to: int = option(
